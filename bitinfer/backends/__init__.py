@@ -1,0 +1,1 @@
+"""Backends: each implements the four ops for the devices that it knows. ``bitinfer.dispatch`` chooses between them."""

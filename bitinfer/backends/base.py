@@ -1,0 +1,87 @@
+"""The contract of a backend, and the description of a problem that it is asked about."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op, as far as the choice of a backend depends on it.
+
+    Attributes:
+        op: ``pack_signs``, ``pack_activations``, ``sign_gemm`` or ``popcount_gemm``.
+        device: device type, ``"cpu"`` or ``"cuda"``.
+        dtype: dtype of the floating point input, or of the output for ``popcount_gemm``.
+        bits: bits of an integer activation; 0 for floating point ones.
+        m, n, k: tokens, output features and input features; 0 where the op has none.
+        planes: sign planes of the weight.
+        group_size: columns that share a weight scale; 0 for all.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    bits: int = 0
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    planes: int = 1
+    group_size: int = 0
+
+
+class Backend(ABC):
+    """One way to compute the four ops. Arguments and results are those of :mod:`bitinfer.ops`, already checked."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Return why this backend cannot run on this machine at all, or None if it can."""
+
+    @abstractmethod
+    def unsupported(self, problem: Problem) -> str | None:
+        """Return why this backend cannot run ``problem``, or None if it can."""
+
+    @abstractmethod
+    def pack_signs(self, weight: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def pack_activations(
+        self, x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    @abstractmethod
+    def sign_gemm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        in_features: int,
+        weight_scale: Tensor | None,
+        in_scale: Tensor | None,
+        in_shift: Tensor | None,
+        group_shift: Tensor | None,
+        bias: Tensor | None,
+        group_size: int,
+        norm_eps: float | None,
+    ) -> Tensor: ...
+
+    @abstractmethod
+    def popcount_gemm(
+        self,
+        planes: Tensor,
+        act_scale: Tensor,
+        act_sum: Tensor,
+        act_shift: Tensor | None,
+        weight: Tensor,
+        in_features: int,
+        weight_scale: Tensor | None,
+        group_shift: Tensor | None,
+        bias: Tensor | None,
+        group_size: int,
+        block_size: int,
+        norm_eps: float | None,
+        dtype: torch.dtype,
+    ) -> Tensor: ...

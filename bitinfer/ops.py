@@ -1,0 +1,362 @@
+"""The four ops: schemas, argument checks, shape functions, and the documented functional API.
+
+They are registered as ``torch.ops.bitinfer.*``: opaque to ``torch.compile``, which never breaks the graph on them.
+Each call asks :mod:`bitinfer.dispatch` for the backend that runs it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitinfer.backends.base import Problem
+from bitinfer.backends.reference import segment_size
+from bitinfer.checks import check_pack_activations, check_pack_signs, check_popcount_gemm, check_sign_gemm
+from bitinfer.dispatch import select
+from bitinfer.packing import words_per_row
+from bitinfer.weight import BinaryWeight, group_count
+
+# csrc/registration.cpp holds the same schemas for the compiled ops; a test compares them
+SCHEMAS = {
+    "pack_signs": "(Tensor weight) -> Tensor",
+    "pack_activations": (
+        "(Tensor x, Tensor? in_scale, Tensor? in_shift, int bits, int block_size, int group_size)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "sign_gemm": (
+        "(Tensor x, Tensor weight, int in_features, Tensor? weight_scale, Tensor? in_scale, Tensor? in_shift,"
+        " Tensor? group_shift, Tensor? bias, int group_size, float? norm_eps) -> Tensor"
+    ),
+    "popcount_gemm": (
+        "(Tensor planes, Tensor act_scale, Tensor act_sum, Tensor? act_shift, Tensor weight, int in_features,"
+        " Tensor? weight_scale, Tensor? group_shift, Tensor? bias, int group_size, int block_size, float? norm_eps,"
+        " ScalarType dtype) -> Tensor"
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- functional API
+def pack_signs(weight: Tensor) -> Tensor:
+    """Pack signs: bit ``j`` of ``out[..., w]`` is set where ``weight[..., 32*w + j] < 0``.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[..., K]``.
+
+    Returns:
+        uint32 ``[..., ceil(K/32)]``. Zeros and NaN pack as +1 (bit 0), as do the bits past K.
+
+    Raises:
+        TypeError: ``weight`` has another dtype.
+    """
+    return torch.ops.bitinfer.pack_signs(weight)
+
+
+def pack_activations(
+    x: Tensor,
+    bits: int,
+    *,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    block_size: int = 0,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise ``z = in_scale * x`` to symmetric integers ``q`` with ``z ~ scale * q`` and split them into bit planes.
+
+    All in float32: ``absmax = max |z|`` over a token, or over each block of columns; with ``h = 2**(bits-1) - 1``,
+    ``scale = absmax / h`` and ``q = rint(z * (h / absmax))``, halves to even. One bit keeps the sign (zero is +1) and
+    the mean of ``|z|`` as its scale (XNOR-Net, arXiv 1603.05279, equation 6). A token or block whose absmax is below
+    2**-96 becomes zeros with scale 0; one that holds an infinity or a NaN gets the scale NaN, so that outputs show it.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``, any strides.
+        bits: 8, 4, 2 or 1.
+        in_scale: floating ``[1, K]`` (any leading ones) or None.
+        in_shift: floating ``[1, K]`` (any leading ones) or None.
+        block_size: 0 for one scale per token, 256 for one per block of 256 columns.
+        group_size: that of the weight which the result will meet; sums are kept per group.
+
+    Returns:
+        ``planes`` uint32 ``[..., bits, ceil(K/32)]``: plane ``b`` holds bit ``b`` of the two's complement of ``q``; for
+        one bit the plane is set where ``q`` is -1. ``scale`` float32 ``[..., blocks]``. ``sum`` int32
+        ``[..., segments]``: the sum of ``q`` over each segment, the smaller of block and group (all columns if neither
+        is set). ``shift`` float32 ``[..., 1]``: ``sum_k in_shift[k] * x[k]``, or ``[..., 0]`` without ``in_shift``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value.
+    """
+    return torch.ops.bitinfer.pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+
+
+def sign_gemm(
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    *,
+    weight_scale: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    group_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 0,
+    norm_eps: float | None = None,
+) -> Tensor:
+    """Multiply floating point activations by a packed sign matrix, with the whole algebra of :mod:`bitinfer.weight`.
+
+    ``y = norm(sum_p sum_g weight_scale * (S_p (in_scale * x))_g + group_shift * ... + in_shift . x) + bias``
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``, any strides.
+        weight: uint32 ``[N, ceil(K/32)]`` or ``[P, N, ceil(K/32)]``.
+        in_features: K.
+        weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps: see :class:`bitinfer.BinaryWeight`.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. Accumulation is float32 or wider: against a float64 product of the
+        dequantised weight the error is no larger than that of a dense ``F.linear`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape.
+        BackendError: the forced backend cannot run it.
+    """
+    return torch.ops.bitinfer.sign_gemm(
+        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps
+    )
+
+
+def popcount_gemm(
+    planes: Tensor,
+    act_scale: Tensor,
+    act_sum: Tensor,
+    act_shift: Tensor | None,
+    weight: Tensor,
+    in_features: int,
+    *,
+    weight_scale: Tensor | None = None,
+    group_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 0,
+    block_size: int = 0,
+    norm_eps: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Multiply quantised activations by a packed sign matrix: exact integers, then a float32 epilogue.
+
+    ``I[p, s] = sum_{k in segment s} S[p, n, k] * q[k] = sum(q) - 2 * sum_b c_b * popcount(w & plane_b)``
+
+    The epilogue is fixed to the rounding, no multiply-add fused, so that backends agree bit for bit: ``a = 0``; for
+    each segment in order, for each plane in order ``a += (act_scale * weight_scale) * float(I)``, then
+    ``a += (act_scale * group_shift) * float(act_sum)``; then ``a += act_shift``; then the norm (float64 inside); then
+    ``a += bias``; then one rounding to ``dtype``.
+
+    Args:
+        planes, act_scale, act_sum, act_shift: what :func:`pack_activations` returned; ``act_shift`` may be None.
+        weight: uint32 ``[N, ceil(K/32)]`` or ``[P, N, ceil(K/32)]``.
+        in_features: K.
+        weight_scale, group_shift, bias, group_size, norm_eps: see :class:`bitinfer.BinaryWeight`.
+        block_size: as given to :func:`pack_activations`.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``[..., N]`` in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape.
+        BackendError: the forced backend cannot run it.
+    """
+    return torch.ops.bitinfer.popcount_gemm(
+        planes,
+        act_scale,
+        act_sum,
+        act_shift,
+        weight,
+        in_features,
+        weight_scale,
+        group_shift,
+        bias,
+        group_size,
+        block_size,
+        norm_eps,
+        dtype,
+    )
+
+
+def binary_linear(x: Tensor, weight: BinaryWeight, act_bits: int | None = None, act_block: int = 0) -> Tensor:
+    """Apply a binary weight to activations: ``sign_gemm``, or ``pack_activations`` and ``popcount_gemm``.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``.
+        weight: the packed weight.
+        act_bits: None for floating point activations, or 8, 4, 2, 1.
+        act_block: 0 for one activation scale per token, 256 for one per block of 256 columns.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    w = weight
+    if act_bits is None:
+        return torch.ops.bitinfer.sign_gemm(
+            x, w.signs, w.in_features, w.scale, w.in_scale, w.in_shift, w.group_shift, w.bias, w.group_size, w.norm_eps
+        )
+    planes, scale, total, shift = torch.ops.bitinfer.pack_activations(
+        x, w.in_scale, w.in_shift, act_bits, act_block, w.group_size
+    )
+    return torch.ops.bitinfer.popcount_gemm(
+        planes,
+        scale,
+        total,
+        None if w.in_shift is None else shift,
+        w.signs,
+        w.in_features,
+        w.scale,
+        w.group_shift,
+        w.bias,
+        w.group_size,
+        act_block,
+        w.norm_eps,
+        x.dtype,
+    )
+
+
+# ---------------------------------------------------------------------------- implementations and shape functions
+def _pack_signs(weight: Tensor) -> Tensor:
+    check_pack_signs(weight)
+    return select(Problem("pack_signs", weight.device.type, weight.dtype)).pack_signs(weight)
+
+
+def _pack_activations(
+    x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+    k = x.shape[-1]
+    problem = Problem("pack_activations", x.device.type, x.dtype, bits, m=_tokens(x), k=k, group_size=group_size)
+    return select(problem).pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+
+
+def _sign_gemm(
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    weight_scale: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    group_shift: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    norm_eps: float | None,
+) -> Tensor:
+    check_sign_gemm(
+        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size
+    )
+    problem = Problem(
+        "sign_gemm",
+        x.device.type,
+        x.dtype,
+        m=_tokens(x),
+        n=weight.shape[-2],
+        k=in_features,
+        planes=weight.shape[0] if weight.dim() == 3 else 1,
+        group_size=group_size,
+    )
+    return select(problem).sign_gemm(
+        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps
+    )
+
+
+def _popcount_gemm(
+    planes: Tensor,
+    act_scale: Tensor,
+    act_sum: Tensor,
+    act_shift: Tensor | None,
+    weight: Tensor,
+    in_features: int,
+    weight_scale: Tensor | None,
+    group_shift: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    block_size: int,
+    norm_eps: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_popcount_gemm(
+        planes,
+        act_scale,
+        act_sum,
+        act_shift,
+        weight,
+        in_features,
+        weight_scale,
+        group_shift,
+        bias,
+        group_size,
+        block_size,
+        dtype,
+    )
+    problem = Problem(
+        "popcount_gemm",
+        planes.device.type,
+        dtype,
+        planes.shape[-2],
+        m=_tokens(act_scale),
+        n=weight.shape[-2],
+        k=in_features,
+        planes=weight.shape[0] if weight.dim() == 3 else 1,
+        group_size=group_size,
+    )
+    return select(problem).popcount_gemm(
+        planes,
+        act_scale,
+        act_sum,
+        act_shift,
+        weight,
+        in_features,
+        weight_scale,
+        group_shift,
+        bias,
+        group_size,
+        block_size,
+        norm_eps,
+        dtype,
+    )
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _fake_pack_signs(weight: Tensor) -> Tensor:
+    check_pack_signs(weight)
+    return weight.new_empty(*weight.shape[:-1], words_per_row(weight.shape[-1]), dtype=torch.uint32)
+
+
+def _fake_pack_activations(
+    x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+    lead, k = x.shape[:-1], x.shape[-1]
+    return (
+        x.new_empty(*lead, bits, words_per_row(k), dtype=torch.uint32),
+        x.new_empty(*lead, group_count(k, block_size), dtype=torch.float32),
+        x.new_empty(*lead, group_count(k, segment_size(block_size, group_size)), dtype=torch.int32),
+        x.new_empty(*lead, 0 if in_shift is None else 1, dtype=torch.float32),
+    )
+
+
+def _fake_sign_gemm(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    check_sign_gemm(x, weight, *args[:-1])
+    return x.new_empty(*x.shape[:-1], weight.shape[-2])
+
+
+def _fake_popcount_gemm(planes: Tensor, *args: Any) -> Tensor:
+    check_popcount_gemm(planes, *args[:10], args[11])
+    return planes.new_empty(*planes.shape[:-2], args[3].shape[-2], dtype=args[11])
+
+
+for _name, _implementation, _fake in (
+    ("pack_signs", _pack_signs, _fake_pack_signs),
+    ("pack_activations", _pack_activations, _fake_pack_activations),
+    ("sign_gemm", _sign_gemm, _fake_sign_gemm),
+    ("popcount_gemm", _popcount_gemm, _fake_popcount_gemm),
+):
+    torch.library.define(f"bitinfer::{_name}", SCHEMAS[_name])
+    torch.library.impl(f"bitinfer::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"bitinfer::{_name}", _fake)

@@ -1,0 +1,36 @@
+"""The float64 oracle, written from the formula and apart from every backend, and the error bounds."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitinfer.weight import BinaryWeight
+
+# Largest error of an output over the root mean square of the outputs, against float64, beyond a dense product's own.
+FP_SLACK = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def exact_linear(x: Tensor, weight: BinaryWeight) -> Tensor:
+    """Return ``norm(W x) + bias`` in float64, with W the dequantised weight: ``[..., N]``."""
+    y = F.linear(x.double(), weight.to_dense(torch.float64))
+    if weight.norm_eps is not None and weight.out_features:
+        centred = y - y.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + weight.norm_eps).sqrt()
+    return y if weight.bias is None else y + weight.bias.double()
+
+
+def fp_error_bound(x: Tensor, weight: BinaryWeight) -> float:
+    """Return the largest absolute error that the ``fp`` contract allows on these inputs.
+
+    It is the larger of a dense ``F.linear``'s own error in the dtype of ``x`` and a few roundings of that dtype.
+    """
+    exact = exact_linear(x, weight)
+    if exact.numel() == 0:
+        return 0.0
+    dense = F.linear(x, weight.to_dense(torch.float64).to(x.dtype))
+    if weight.norm_eps is not None:
+        dense = F.layer_norm(dense, dense.shape[-1:], eps=weight.norm_eps)
+    if weight.bias is not None:
+        dense = dense + weight.bias.to(dense.dtype)
+    own = (dense.double() - exact).abs().max().item()
+    return max(own, FP_SLACK[x.dtype] * max(exact.square().mean().sqrt().item(), exact.abs().max().item() / 4))
