@@ -40,6 +40,11 @@ def _sizes(op: str, block_size: int, group_size: int) -> None:
         )
 
 
+def _norm(op: str, norm_eps: float | None) -> None:
+    if norm_eps is not None and not 0 <= norm_eps < float("inf"):
+        raise ValueError(f"{op}: norm_eps must be None or a finite number from 0, got {norm_eps}")
+
+
 def _weight(
     op: str,
     weight: Tensor,
@@ -107,6 +112,7 @@ def check_sign_gemm(
     group_shift: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    norm_eps: float | None,
 ) -> None:
     op = "sign_gemm"
     _activations(op, x)
@@ -116,6 +122,7 @@ def check_sign_gemm(
             f"(x.shape={tuple(x.shape)})"
         )
     _sizes(op, 0, group_size)
+    _norm(op, norm_eps)
     _weight(op, weight, in_features, weight_scale, group_shift, bias, group_size)
     _columns(op, "in_scale", in_scale, in_features)
     _columns(op, "in_shift", in_shift, in_features)
@@ -143,10 +150,12 @@ def check_popcount_gemm(
     bias: Tensor | None,
     group_size: int,
     block_size: int,
+    norm_eps: float | None,
     dtype: torch.dtype,
 ) -> None:
     op = "popcount_gemm"
     _sizes(op, block_size, group_size)
+    _norm(op, norm_eps)
     _weight(op, weight, in_features, weight_scale, group_shift, bias, group_size)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from bitinfer.backends.base import Backend, Problem
 from bitinfer.backends.cpu import CPUBackend
@@ -66,7 +66,7 @@ def _select(problem: Problem, forced: str | None) -> Backend:
     return BACKENDS[able[0]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_slow(device: str) -> None:
     """Say once per device that only the slow path runs there, and why."""
     faster = {name: b.unavailable() for name, b in BACKENDS.items() if name != "reference"}

@@ -6,7 +6,7 @@ class BitinferError(Exception):
 
 
 class FormatError(BitinferError, ValueError):
-    """A checkpoint is damaged, of an unknown layout, or not what its configuration says. The message names the tensor."""
+    """A checkpoint is damaged, of an unknown layout, or not what its config says. The message names the tensor."""
 
 
 class BackendError(BitinferError, RuntimeError):

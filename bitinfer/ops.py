@@ -4,7 +4,7 @@ They are registered as ``torch.ops.bitinfer.*``: opaque to ``torch.compile``, wh
 Each call asks :mod:`bitinfer.dispatch` for the backend that runs it.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bitinfer.backends.reference import segment_size
 from bitinfer.checks import check_pack_activations, check_pack_signs, check_popcount_gemm, check_sign_gemm
 from bitinfer.dispatch import select
 from bitinfer.packing import words_per_row
-from bitinfer.weight import BinaryWeight, group_count
+from bitinfer.weight import group_count
 
 # csrc/registration.cpp holds the same schemas for the compiled ops; a test compares them
 SCHEMAS = {
@@ -180,7 +180,30 @@ def popcount_gemm(
     )
 
 
-def binary_linear(x: Tensor, weight: BinaryWeight, act_bits: int | None = None, act_block: int = 0) -> Tensor:
+class PackedWeight(Protocol):
+    """The fields of a packed weight: a :class:`bitinfer.BinaryWeight` has them, and so has a ``BinaryLinear``."""
+
+    @property
+    def signs(self) -> Tensor: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def scale(self) -> Tensor | None: ...
+    @property
+    def in_scale(self) -> Tensor | None: ...
+    @property
+    def in_shift(self) -> Tensor | None: ...
+    @property
+    def group_shift(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def norm_eps(self) -> float | None: ...
+
+
+def binary_linear(x: Tensor, weight: PackedWeight, act_bits: int | None = None, act_block: int = 0) -> Tensor:
     """Apply a binary weight to activations: ``sign_gemm``, or ``pack_activations`` and ``popcount_gemm``.
 
     Args:
@@ -217,110 +240,52 @@ def binary_linear(x: Tensor, weight: BinaryWeight, act_bits: int | None = None, 
     )
 
 
-# ---------------------------------------------------------------------------- implementations and shape functions
+# ------------------------------------------- implementations and shape functions, their arguments as in SCHEMAS
 def _pack_signs(weight: Tensor) -> Tensor:
     check_pack_signs(weight)
     return select(Problem("pack_signs", weight.device.type, weight.dtype)).pack_signs(weight)
 
 
-def _pack_activations(
-    x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+def _pack_activations(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_pack_activations(*args)
+    x, _in_scale, _in_shift, bits, _block_size, group_size = args
     k = x.shape[-1]
     problem = Problem("pack_activations", x.device.type, x.dtype, bits, m=_tokens(x), k=k, group_size=group_size)
-    return select(problem).pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+    return select(problem).pack_activations(*args)
 
 
-def _sign_gemm(
-    x: Tensor,
-    weight: Tensor,
-    in_features: int,
-    weight_scale: Tensor | None,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    group_shift: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    norm_eps: float | None,
-) -> Tensor:
-    check_sign_gemm(
-        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size
-    )
+def _sign_gemm(*args: Any) -> Tensor:
+    check_sign_gemm(*args)
+    x, weight, in_features, *_, group_size, _norm_eps = args
     problem = Problem(
-        "sign_gemm",
-        x.device.type,
-        x.dtype,
-        m=_tokens(x),
-        n=weight.shape[-2],
-        k=in_features,
-        planes=weight.shape[0] if weight.dim() == 3 else 1,
-        group_size=group_size,
+        "sign_gemm", x.device.type, x.dtype, 0, _tokens(x), weight.shape[-2], in_features, _planes(weight), group_size
     )
-    return select(problem).sign_gemm(
-        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps
-    )
+    return select(problem).sign_gemm(*args)
 
 
-def _popcount_gemm(
-    planes: Tensor,
-    act_scale: Tensor,
-    act_sum: Tensor,
-    act_shift: Tensor | None,
-    weight: Tensor,
-    in_features: int,
-    weight_scale: Tensor | None,
-    group_shift: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    block_size: int,
-    norm_eps: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    check_popcount_gemm(
-        planes,
-        act_scale,
-        act_sum,
-        act_shift,
-        weight,
-        in_features,
-        weight_scale,
-        group_shift,
-        bias,
-        group_size,
-        block_size,
-        dtype,
-    )
+def _popcount_gemm(*args: Any) -> Tensor:
+    check_popcount_gemm(*args)
+    planes, act_scale, _act_sum, _act_shift, weight, in_features, *_, group_size, _block_size, _norm_eps, dtype = args
     problem = Problem(
         "popcount_gemm",
         planes.device.type,
         dtype,
         planes.shape[-2],
-        m=_tokens(act_scale),
-        n=weight.shape[-2],
-        k=in_features,
-        planes=weight.shape[0] if weight.dim() == 3 else 1,
-        group_size=group_size,
-    )
-    return select(problem).popcount_gemm(
-        planes,
-        act_scale,
-        act_sum,
-        act_shift,
-        weight,
+        _tokens(act_scale),
+        weight.shape[-2],
         in_features,
-        weight_scale,
-        group_shift,
-        bias,
+        _planes(weight),
         group_size,
-        block_size,
-        norm_eps,
-        dtype,
     )
+    return select(problem).popcount_gemm(*args)
 
 
 def _tokens(x: Tensor) -> int:
     return x.shape[:-1].numel()
+
+
+def _planes(weight: Tensor) -> int:
+    return weight.shape[0] if weight.dim() == 3 else 1
 
 
 def _fake_pack_signs(weight: Tensor) -> Tensor:
@@ -341,14 +306,16 @@ def _fake_pack_activations(
     )
 
 
-def _fake_sign_gemm(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    check_sign_gemm(x, weight, *args[:-1])
+def _fake_sign_gemm(*args: Any) -> Tensor:
+    check_sign_gemm(*args)
+    x, weight = args[:2]
     return x.new_empty(*x.shape[:-1], weight.shape[-2])
 
 
-def _fake_popcount_gemm(planes: Tensor, *args: Any) -> Tensor:
-    check_popcount_gemm(planes, *args[:10], args[11])
-    return planes.new_empty(*planes.shape[:-2], args[3].shape[-2], dtype=args[11])
+def _fake_popcount_gemm(*args: Any) -> Tensor:
+    check_popcount_gemm(*args)
+    planes, weight, dtype = args[0], args[4], args[-1]
+    return planes.new_empty(*planes.shape[:-2], weight.shape[-2], dtype=dtype)
 
 
 for _name, _implementation, _fake in (

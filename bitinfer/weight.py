@@ -200,7 +200,7 @@ class BinaryWeight:
         Raises:
             KeyError: a tensor that ``layout`` asks for is missing.
         """
-        named = {
+        named: dict[str, Any] = {
             f: tensors[prefix + n] if n in ("weight", *layout.tensors) else tensors.get(prefix + n)
             for f, n in TENSOR_NAMES.items()
             if n not in OPTIONAL_TENSORS or n in layout.tensors
@@ -233,13 +233,11 @@ class BinaryWeight:
     def to(self, *args: Any, **kwargs: Any) -> "BinaryWeight":
         """Move or cast as ``Tensor.to`` does; the sign words are moved and never cast."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        moved = {
+        moved: dict[str, Any] = {
             f: None if (t := getattr(self, f)) is None else t.to(device, None if f == "signs" else dtype, non_blocking)
             for f in TENSOR_NAMES
         }
-        return BinaryWeight(
-            in_features=self.in_features, group_size=self.group_size, norm_eps=self.norm_eps, **moved
-        )
+        return BinaryWeight(in_features=self.in_features, group_size=self.group_size, norm_eps=self.norm_eps, **moved)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dense matrix ``[N, K]``, computed in ``dtype``; the norm and the bias are not part of it.
@@ -255,7 +253,9 @@ class BinaryWeight:
                 plane = plane * self._per_column(scale.to(dtype))
             dense = dense + plane
         if self.group_shift is not None:
-            dense = dense + self._per_column(self.group_shift.to(dtype).view(self.out_features, self.group_shift.shape[-1]))
+            dense = dense + self._per_column(
+                self.group_shift.to(dtype).view(self.out_features, self.group_shift.shape[-1])
+            )
         if self.in_scale is not None:
             dense = dense * self.in_scale.to(dtype).flatten()
         if self.in_shift is not None:

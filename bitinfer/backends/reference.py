@@ -69,7 +69,7 @@ class ReferenceBackend(Backend):
         assert signs is not None
         outputs = []
         for rows in _row_slices(signs.shape[1], in_features):
-            part: Tensor | float = 0.0
+            part = x64.new_zeros(())
             for p in range(signs.shape[0]):
                 dense = unpack_signs(signs[p, rows], in_features, torch.float64)
                 if scale is not None:

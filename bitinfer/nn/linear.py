@@ -34,7 +34,13 @@ class BinaryLinear(nn.Module):
     # transformers hands quantised layers plain local tensors under tensor parallelism when this is set
     _hf_quantized_needs_local_tp = True
 
+    in_features: int
     weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+    in_scale: nn.Parameter | None
+    in_shift: nn.Parameter | None
+    group_shift: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -124,10 +130,10 @@ class BinaryLinear(nn.Module):
         weight = self.binary_weight
         scales = [t for name, t in weight.tensors().items() if name != "weight"]
         dtype = dtype or (scales[0].dtype if scales else torch.get_default_dtype())
-        plain = weight.norm_eps is None
-        linear = nn.Linear(self.in_features, self.out_features, bias=plain and weight.bias is not None, device="meta")
+        has_bias = weight.bias is not None and weight.norm_eps is None  # a norm's bias comes after it
+        linear = nn.Linear(self.in_features, self.out_features, bias=has_bias, device="meta")
         linear.weight = nn.Parameter(weight.to_dense(torch.float32).to(dtype), requires_grad=False)
-        if plain:
+        if weight.norm_eps is None:
             if weight.bias is not None:
                 linear.bias = nn.Parameter(weight.bias.to(dtype, copy=True), requires_grad=False)
             return linear.train(self.training)
@@ -147,7 +153,7 @@ class BinaryLinear(nn.Module):
         return self.weight
 
     @property
-    def scale(self) -> Any:
+    def scale(self) -> Tensor | None:
         return self.weight_scale
 
     @property

@@ -8,6 +8,28 @@ from torch import Tensor
 from bitinfer.packing import pack_signs
 from bitinfer.weight import BinaryWeight, WeightLayout
 
+ROW = WeightLayout()
+PLAIN = WeightLayout(tensors=())
+FBI = WeightLayout(tensors=("in_scale", "in_shift"))
+ONEBIT = WeightLayout(tensors=("weight_scale", "in_scale"), norm_eps=1e-5)
+GROUPS = WeightLayout(group_size=128)
+TERNARY = WeightLayout(planes=2)
+EVERYTHING = WeightLayout(
+    planes=2,
+    group_size=64,
+    tensors=("weight_scale", "in_scale", "in_shift", "group_shift"),
+    norm_eps=1e-5,
+)
+LAYOUTS = {
+    "plain": PLAIN,
+    "row": ROW,
+    "fbi": FBI,
+    "onebit": ONEBIT,
+    "groups": GROUPS,
+    "ternary": TERNARY,
+    "everything": EVERYTHING,
+}
+
 
 @dataclass(frozen=True)
 class GemmProblem:
@@ -20,7 +42,7 @@ class GemmProblem:
     m: int
     n: int
     k: int
-    layout: WeightLayout = WeightLayout()
+    layout: WeightLayout = ROW
     bias: bool = False
     x: str = "normal"
 
@@ -57,28 +79,6 @@ class GemmProblem:
         weight = BinaryWeight.from_tensors(tensors, self.k, self.layout)
         return x.to(device), weight.to(device)
 
-
-ROW = WeightLayout()
-PLAIN = WeightLayout(tensors=())
-FBI = WeightLayout(tensors=("in_scale", "in_shift"))
-ONEBIT = WeightLayout(tensors=("weight_scale", "in_scale"), norm_eps=1e-5)
-GROUPS = WeightLayout(group_size=128)
-TERNARY = WeightLayout(planes=2)
-EVERYTHING = WeightLayout(
-    planes=2,
-    group_size=64,
-    tensors=("weight_scale", "in_scale", "in_shift", "group_shift"),
-    norm_eps=1e-5,
-)
-LAYOUTS = {
-    "plain": PLAIN,
-    "row": ROW,
-    "fbi": FBI,
-    "onebit": ONEBIT,
-    "groups": GROUPS,
-    "ternary": TERNARY,
-    "everything": EVERYTHING,
-}
 
 PROBLEMS: list[GemmProblem] = [
     *(
