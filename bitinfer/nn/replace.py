@@ -46,9 +46,10 @@ def replace_linear(
 ) -> ReplaceReport:
     """Replace every ``nn.Linear`` inside ``model`` by a :class:`bitinfer.BinaryLinear`, in place.
 
-    A layer that stands at several places stays one layer; layers that share a weight go on sharing the packed one.
-    Left alone, with the reason in the report: names that ``skip`` matches, weights tied to something that is no
-    linear layer (an embedding), subclasses of ``nn.Linear`` (other code relies on them), layers packed already.
+    A layer that stands at several places stays one layer, dense if ``skip`` matches one of them; layers that share a
+    weight go on sharing the packed one. Left alone, with the reason in the report: names that ``skip`` matches, weights
+    tied to something that is no linear layer (an embedding), subclasses of ``nn.Linear`` (other code relies on them),
+    layers packed already.
 
     Args:
         model: any module; it must not itself be the ``nn.Linear``.
@@ -66,30 +67,25 @@ def replace_linear(
     """
     if isinstance(model, nn.Linear):
         raise ValueError("replace_linear: model is itself an nn.Linear; use BinaryLinear.from_linear(model)")
-    skip = tuple(skip)
     report = ReplaceReport(bytes_before=model_bytes(model))
-    users = _weight_users(model)
+    reasons = _reasons_to_skip(model, tuple(skip))
     layers: dict[int, BinaryLinear] = {}  # id of a dense layer -> its replacement
     weights: dict[int, nn.Parameter] = {}  # id of a dense weight -> its packed words
-    packed_before = {id(m) for m in model.modules() if isinstance(m, BinaryLinear)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in packed_before:
+        if isinstance(module, BinaryLinear):
             report.skipped[name] = "already packed"
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = _reason_to_skip(name, module, skip, users)
-        if reason is not None:
-            report.skipped[name] = reason
-            continue
-        if id(module) not in layers:
-            if binarize is None:
-                new = BinaryLinear.from_linear(module, act_bits, act_block, group_size)
-            else:
-                new = BinaryLinear.from_weight(binarize(name, module), act_bits, act_block).train(module.training)
-            new.weight = weights.setdefault(id(module.weight), new.weight)
-            layers[id(module)] = new
-        model.set_submodule(name, layers[id(module)])
-        report.replaced.append(name)
+        elif isinstance(module, nn.Linear) and id(module) in reasons:
+            report.skipped[name] = reasons[id(module)]
+        elif isinstance(module, nn.Linear):
+            if id(module) not in layers:
+                if binarize is None:
+                    new = BinaryLinear.from_linear(module, act_bits, act_block, group_size)
+                else:
+                    new = BinaryLinear.from_weight(binarize(name, module), act_bits, act_block).train(module.training)
+                new.weight = weights.setdefault(id(module.weight), new.weight)
+                layers[id(module)] = new
+            model.set_submodule(name, layers[id(module)])
+            report.replaced.append(name)
     for module in model.modules():
         # its fused fast path reads linear1.weight itself; this attribute is its own switch to the plain path
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, BinaryLinear):
@@ -104,32 +100,32 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in {t.data_ptr() if not t.is_meta else id(t): t for t in tensors}.values())
 
 
-def _weight_users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Map the id of every parameter to the modules that hold it directly."""
-    users: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for name, module in model.named_modules():
+def _reasons_to_skip(model: nn.Module, skip: tuple[str, ...]) -> dict[int, str]:
+    """Map the id of every linear layer that must stay to the reason."""
+    reasons: dict[int, str] = {}
+    users: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)  # id of a parameter -> the modules that hold it
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)].append((name, module))
-    return users
-
-
-def _reason_to_skip(
-    name: str, module: nn.Linear, skip: tuple[str, ...], users: dict[int, list[tuple[str, nn.Module]]]
-) -> str | None:
-    matched = next((s for s in skip if f".{s}." in f".{name}." or fnmatchcase(name, s)), None)
-    if matched is not None:
-        return f"skip={matched!r}"
-    if type(module) is not nn.Linear:
-        return f"it is a {type(module).__name__}, which other code relies on"
-    others = [other for other, user in users[id(module.weight)] if not isinstance(user, nn.Linear)]
-    if others:
-        return f"its weight is tied to {others[0]}"
-    kept = [
-        other for other, user in users[id(module.weight)] if user is not module and _reason_to_keep(other, user, skip)
-    ]
-    return f"its weight is shared with {kept[0]}, which stays" if kept else None
-
-
-def _reason_to_keep(name: str, module: nn.Module, skip: tuple[str, ...]) -> bool:
-    return type(module) is not nn.Linear or any(f".{s}." in f".{name}." or fnmatchcase(name, s) for s in skip)
+            users[id(parameter)].append((name, module))
+        if not isinstance(module, nn.Linear):
+            continue
+        matched = next((s for s in skip if f".{s}." in f".{name}." or fnmatchcase(name, s)), None)
+        if matched is not None:
+            reasons[id(module)] = f"skip={matched!r}"
+        elif type(module) is not nn.Linear:
+            reasons.setdefault(id(module), f"it is a {type(module).__name__}, which other code relies on")
+    # a weight that something dense goes on using cannot be packed for the others
+    stay = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in reasons
+    }
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or id(module) in reasons:
+            continue
+        others = [other for other, user in users[id(module.weight)] if not isinstance(user, nn.Linear)]
+        if others:
+            reasons[id(module)] = f"its weight is tied to {others[0]}"
+        elif id(module.weight) in stay:
+            reasons[id(module)] = f"its weight is shared with {stay[id(module.weight)]}, which stays"
+    return reasons
