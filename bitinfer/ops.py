@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bitinfer.autograd import BinaryLinearFunction
 from bitinfer.backends.base import Problem
 from bitinfer.backends.reference import segment_size
 from bitinfer.checks import check_pack_activations, check_pack_signs, check_popcount_gemm, check_sign_gemm
@@ -206,6 +207,8 @@ class PackedWeight(Protocol):
 def binary_linear(x: Tensor, weight: PackedWeight, act_bits: int | None = None, act_block: int = 0) -> Tensor:
     """Apply a binary weight to activations: ``sign_gemm``, or ``pack_activations`` and ``popcount_gemm``.
 
+    Differentiable with respect to ``x`` (see :mod:`bitinfer.autograd`).
+
     Args:
         x: float32, float16 or bfloat16 ``[..., K]``.
         weight: the packed weight.
@@ -215,6 +218,17 @@ def binary_linear(x: Tensor, weight: PackedWeight, act_bits: int | None = None, 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        w = weight
+        scales = (w.scale, w.in_scale, w.in_shift, w.group_shift, w.bias)
+        return BinaryLinearFunction.apply(
+            x, act_bits, act_block, w.signs, w.in_features, *scales, w.group_size, w.norm_eps
+        )
+    return apply_weight(x, weight, act_bits, act_block)
+
+
+def apply_weight(x: Tensor, weight: PackedWeight, act_bits: int | None, act_block: int) -> Tensor:
+    """Do what :func:`binary_linear` does, without a gradient."""
     w = weight
     if act_bits is None:
         return torch.ops.bitinfer.sign_gemm(

@@ -123,10 +123,27 @@ def test_wrong_input_width_is_named():
         make("row")[2](torch.randn(2, 99))
 
 
-def test_compile_and_no_grad():
+def test_compile():
     x, _, module = make("fbi")
     compiled = torch.compile(module, fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradient_of_the_input_is_that_of_the_dense_module(name, compiled):
+    x, _, module = make(name)
+    dense = module.dequantize()
+    grad = torch.randn(4, 9)
+    run = torch.compile(module, fullgraph=True) if compiled else module
+    inputs = [x.clone().requires_grad_() for _ in range(3)]
+    for own, forward in zip(inputs, (run, dense, module), strict=True):
+        forward(own).backward(grad)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+    module.act_bits = 8  # straight through the rounding
+    quantised = x.clone().requires_grad_()
+    module(quantised).backward(grad)
+    torch.testing.assert_close(quantised.grad, inputs[2].grad, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- replace_linear
