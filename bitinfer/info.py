@@ -111,7 +111,7 @@ class ModelInfo:
         for layer in self.layers:
             pattern = ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
             shape = (layer.out_features, layer.in_features, layer.planes, layer.group_size, layer.tensors)
-            found[(pattern, *shape, layer.norm_eps)].append(layer)
+            found[(pattern, shape, layer.norm_eps)].append(layer)
         return [(key[0], len(same), same[0], sum(x.nbytes for x in same)) for key, same in found.items()]
 
 

@@ -89,8 +89,8 @@ def verify(
 ) -> Verification:
     """Run the original and the packed model over the same tokens and compare their logits.
 
-    A lossless conversion passes when its relative error is at most 1e-4, or, where scales are stored or computed in half
-    precision, at most twice the error that the dense model itself makes in that precision on the same tokens.
+    A lossless conversion passes when its relative error is at most 1e-4, or, where scales are stored or computed in
+    half precision, at most twice the error that the dense model itself makes in that precision on the same tokens.
 
     Args:
         src: the source folder that was converted.
@@ -162,7 +162,7 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = Checkpoint(src)
-    if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "bitinfer":
+    if FORMATS["packed"].matches(checkpoint):
         raise FormatError(f"{src}: this folder is packed already; pass the source first, then the packed folder")
     names = [] if source_format.approximates else source_format.layer_names(checkpoint)
     if not names and not source_format.approximates:
@@ -172,12 +172,9 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
     consumed: set[str] = set()
     for name in names:
         module = source_format.reference_linear(checkpoint, name)
-        linear = module[0] if isinstance(module, nn.Sequential) else module
-        if linear is not module:
-            modules[name] = module
-        state[f"{name}.weight"] = linear.weight.detach()
-        if linear.bias is not None:
-            state[f"{name}.bias"] = linear.bias.detach()
+        if isinstance(module, nn.Sequential):  # a norm follows: the module itself goes in, after loading
+            modules[name], module = module, module[0]
+        state |= {f"{name}.{part}": parameter.detach() for part, parameter in module.named_parameters()}
         consumed.update(source_format.consumed(name))
     state |= {key: checkpoint.tensor(key) for key in checkpoint if key not in consumed and key not in state}
     values = source_format.config(checkpoint)
@@ -215,7 +212,7 @@ def _choose_ids(
     config: Any,
     notes: list[str],
 ) -> list[int]:
-    """Return the token ids to compare on, at most ``tokens``; a note says where they come from unless they were given."""
+    """Return the token ids to compare on, at most ``tokens``; a note tells when they are random."""
     if text is not None and not isinstance(text, str):
         ids = [int(i) for i in text]
     else:
