@@ -216,9 +216,7 @@ def _choose_ids(
     if text is not None and not isinstance(text, str):
         ids = [int(i) for i in text]
     else:
-        from bitinfer.load import load_tokenizer
-
-        tokenizer = load_tokenizer(dst) or load_tokenizer(src)
+        tokenizer = _tokenizer(dst) or _tokenizer(src)
         if tokenizer is None and text is not None:
             raise ValueError(
                 f"verify: neither {src} nor {dst} has a tokenizer; copy its files there or leave out the text"
@@ -235,6 +233,16 @@ def _choose_ids(
     if not all(0 <= i < config.vocab_size for i in ids):
         raise ValueError(f"verify: token ids must lie in 0 to {config.vocab_size - 1}, got {min(ids)} to {max(ids)}")
     return ids
+
+
+def _tokenizer(folder: str | Path) -> Any | None:
+    from transformers import AutoTokenizer
+
+    from bitinfer.load import TOKENIZER_FILES
+
+    if not any((Path(folder) / mark).is_file() for mark in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _logits(model: Any, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:

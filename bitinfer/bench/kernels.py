@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitinfer import ops
 from bitinfer.backends.base import Problem
-from bitinfer.bench.machine import cache_bytes, describe, read_bandwidth, synchronize
+from bitinfer.bench.machine import active_isa, cache_bytes, describe, read_bandwidth, synchronize
 from bitinfer.dispatch import BACKENDS, select
 from bitinfer.errors import BackendError
 from bitinfer.packing import WORD_BITS, unpack_signs, words_per_row
@@ -119,6 +119,7 @@ def bench_kernels(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    isa: str | None = None,
     seconds: float = 0.3,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BenchReport:
@@ -129,11 +130,13 @@ def bench_kernels(
         tokens: rows M of the activations.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of torch and of the kernels while this runs; None leaves them.
+        isa: the instruction set that the cpu backend must be using; ``BITINFER_CPU_ISA`` is what forces it, before the
+            first op. None takes any.
         seconds: how long to repeat each call (at least 7 calls).
         progress: called with (measurements done, measurements in all, what runs next).
 
     Raises:
-        BackendError: a kernel gave a wrong result; nothing is reported then.
+        BackendError: a kernel gave a wrong result, and nothing is reported; or the cpu backend uses another ``isa``.
         ValueError: an argument is out of range, or there is no such device.
     """
     if device not in ("cpu", "cuda"):
@@ -144,6 +147,12 @@ def bench_kernels(
         raise ValueError(f"tokens must be at least 1, got {list(tokens)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    active = active_isa()
+    if isa is not None and active != isa:
+        raise BackendError(
+            f"isa={isa!r} was asked for, but {active or 'none'} is in use; "
+            f"set BITINFER_CPU_ISA={isa} before the first op, and see `bitinfer doctor`"
+        )
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:

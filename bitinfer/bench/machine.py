@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -62,6 +63,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def active_isa() -> str | None:
+    """Return the instruction set that the cpu backend uses, or None without compiled kernels.
+
+    Raises:
+        RuntimeError: ``BITINFER_CPU_ISA`` names one that cannot be used. The message names those that can.
+    """
+    try:
+        native = import_module("bitinfer._native")
+    except ImportError:
+        return None
+    return str(native.active_isa())
+
+
 def commit() -> str | None:
     """Return the commit of the source tree that this package runs from, or None when it was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
@@ -74,7 +88,7 @@ def commit() -> str | None:
         return None
 
 
-def describe(device: str) -> dict[str, str | int | None]:
+def describe(device: str) -> dict[str, str | int | float | None]:
     """Return what a reader needs to compare two reports, ready for JSON."""
     from bitinfer import __version__
 
@@ -82,7 +96,9 @@ def describe(device: str) -> dict[str, str | int | None]:
         "device": device,
         "device_name": device_name(device),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
+        "isa": active_isa(),
         "cache_bytes": cache_bytes(device),
         "bitinfer": __version__,
         "commit": commit(),

@@ -1,0 +1,495 @@
+"""The command line: each command calls one function of the library and prints what it returns."""
+
+import json
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+DEBUG = "BITINFER_DEBUG"
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into one line on stderr and an exit code: 1 for errors, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own: usage errors and the like
+                raise
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                traceback.print_exc()
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+class SourceFormat(str, Enum):
+    auto = "auto"
+    fbi_llm = "fbi_llm"
+    onebit = "onebit"
+    binary_dense = "binary_dense"
+    latent = "latent"
+
+
+class Method(str, Enum):
+    absmean = "absmean"
+    nmf = "nmf"
+    svd = "svd"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ActBits(str, Enum):
+    none = "none"
+    eight = "8"
+    four = "4"
+    two = "2"
+    one = "1"
+
+
+class ActBlock(str, Enum):
+    token = "0"
+    block = "256"
+
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def command(*examples: str, name: str | None = None, group: typer.Typer = app) -> Callable[[Function], Function]:
+    """Register a command whose help is its docstring, each paragraph on one line, and then the examples."""
+
+    def register(function: Function) -> Function:
+        paragraphs = (" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+        epilog = "\n".join(["[bold]Examples[/]", *(f"$ {escape(line)}" for line in examples)])
+        return group.command(name, help="\n\n".join(paragraphs), epilog=epilog)(function)
+
+    return register
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder: config.json and weights.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that bitinfer packed.")]
+TextFile = Annotated[Path, typer.Option("--text", exists=True, dir_okay=False, help="A UTF-8 text file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Bits = Annotated[
+    ActBits | None,
+    typer.Option(help="Quantise activations to this many bits; none: leave them. By default as the folder says."),
+]
+Block = Annotated[
+    ActBlock | None,
+    typer.Option(help="Activation scale per token (0) or per 256 columns. By default as the folder says."),
+]
+Dtype = Annotated[DType | None, typer.Option("--dtype", help="What to compute in. By default as the folder says.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the kernels.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from bitinfer import __version__
+
+        typer.echo(f"bitinfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks and more; so does {DEBUG}=1.")] = False,
+) -> None:
+    """Run pretrained binary language models at the cost of one bit per weight."""
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+@command(
+    "bitinfer convert FBI-LLM_7B fbi-7b-packed",
+    "bitinfer convert OneBit-7B onebit-7b-packed --dtype float16",
+    "bitinfer convert SmolLM2-135M smol-packed --format latent --method nmf",
+)
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint to read.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    source_format: Annotated[SourceFormat, typer.Option("--format", help="How SRC stores its weights.")] = (
+        SourceFormat.auto
+    ),
+    method: Annotated[Method, typer.Option(help="How --format latent fits its scales.")] = Method.absmean,
+    dtype: Annotated[DType | None, typer.Option(help="Of scales and dense tensors. By default as in SRC.")] = None,
+    act_bits: Annotated[ActBits, typer.Option(help="Quantise activations to this many bits.")] = ActBits.none,
+    act_block: Annotated[ActBlock, typer.Option(help="One activation scale per token (0) or 256 columns.")] = (
+        ActBlock.token
+    ),
+    skip: Annotated[list[str], typer.Option(help="Layers to leave dense: a name or a pattern with *. Repeatable.")] = [  # noqa: B006
+        "lm_head"
+    ],
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale (latent, binary_dense); 0: a row.")] = 0,
+    zero_limit: Annotated[
+        float, typer.Option(help="Share of a tensor that may be exactly zero and becomes +1.")
+    ] = 1e-4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if bitinfer packed it.")] = False,
+) -> None:
+    """Pack a checkpoint into one bit per weight.
+
+    FBI-LLM, OneBit and dense checkpoints that hold two values per row are recognised and packed without loss. Any other
+    model can be approximated by sign and scale, which has to be asked for: --format latent.
+    """
+    from bitinfer import tables
+    from bitinfer.convert import convert as run
+
+    start = time.perf_counter()
+    with _progress("packing", in_bytes=True) as progress:
+        report = run(
+            src,
+            dst,
+            format=source_format.value,
+            method=method.value,
+            dtype=dtype and dtype.value,
+            act_bits=_bits(act_bits),
+            act_block=int(act_block.value),
+            skip=skip,
+            group_size=group_size,
+            zero_limit=zero_limit,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    out = tables.console()
+    out.print(tables.conversion(report, time.perf_counter() - start))
+    out.print(tables.next_step(f"bitinfer verify {src} {dst}"), soft_wrap=True)
+
+
+@command("bitinfer info fbi-7b-packed", "bitinfer info FBI-LLM_7B --json")
+def info(folder: Folder, as_json: Json = False) -> None:
+    """Show what a model folder holds: layers, sizes, average bits.
+
+    A folder that is not packed yet is described as well: its format, and what converting it would give. No weights are
+    loaded.
+    """
+    from bitinfer import tables
+    from bitinfer.info import describe
+
+    result = describe(folder)
+    _show(result.to_dict(), as_json, lambda: tables.model(result))
+
+
+@command(
+    "bitinfer verify FBI-LLM_7B fbi-7b-packed",
+    "bitinfer verify FBI-LLM_7B fbi-7b-packed --text wiki.test.raw --tokens 2048 --dtype bfloat16",
+    "bitinfer verify FBI-LLM_7B fbi-7b-packed --act-bits 8",
+)
+def verify(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="The source that was converted.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The packed folder.")],
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A UTF-8 text file to compare on.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to compare on.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Compare at most this many positions.")] = 256,
+    dtype: Annotated[DType, typer.Option(help="What the packed model computes in.")] = DType.float32,
+    act_bits: Bits = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a packed model with its original, logit by logit.
+
+    The original is computed in float32 by its own formula, apart from the packed code. Conversions without loss pass or
+    fail (exit code 1); approximations are only reported.
+    """
+    import torch
+
+    from bitinfer import tables
+    from bitinfer.verify import verify as run
+
+    if text is not None and prompt is not None:
+        raise typer.BadParameter("give --text or --prompt, not both")
+    with _status() as stage:
+        result = run(
+            src,
+            dst,
+            text=prompt if text is None else _read(text),
+            tokens=tokens,
+            dtype=getattr(torch, dtype.value),
+            act_bits="config" if act_bits is None else _bits(act_bits),
+            on_stage=stage,
+        )
+    _show(result.to_dict(), as_json, lambda: tables.verification(result))
+    if result.passed is False:
+        typer.echo(
+            f"error: {dst} does not compute what {src} does; was it made from it? If so, convert again, and "
+            "let `bitinfer doctor` check the kernels",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+@command(
+    'bitinfer generate fbi-7b-packed "The capital of France is"',
+    'bitinfer generate smol-packed "Tell me a joke" --temperature 0.7 --top-p 0.9 --seed 1',
+    'bitinfer generate no-tokenizer --token-ids "1,450,7483"',
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help='The prompt as token ids: "1,2,3". Prints ids.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens with this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many of the likeliest; 0: all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. By default if there is one.")
+    ] = None,
+    act_bits: Bits = None,
+    act_block: Block = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Write text, token by token; the speed goes to stderr."""
+    from bitinfer import tables
+    from bitinfer.generate import generate as run
+
+    if (prompt is None) == (token_ids is None):
+        raise typer.BadParameter("give either PROMPT or --token-ids")
+    start: str | list[int] = prompt if prompt is not None else _ids(str(token_ids))
+    network, tokenizer = _load(model, dtype, act_bits, act_block, threads)
+    result = run(
+        network,
+        tokenizer if token_ids is None else None,
+        start,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        chat=chat,
+        on_text=lambda text: typer.echo(text, nl=False),
+    )
+    typer.echo()
+    typer.echo(tables.speed(result), err=True)
+
+
+@command(
+    "bitinfer eval fbi-7b-packed --text wiki.test.raw",
+    "bitinfer eval fbi-7b-packed --text wiki.test.raw --dtype bfloat16 --max-windows 20 --json",
+    name="eval",
+)
+def evaluate(
+    model: Model,
+    text: TextFile,
+    window: Annotated[int, typer.Option(min=2, help="Tokens to a window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    dtype: Dtype = None,
+    act_bits: Bits = None,
+    act_block: Block = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text: non-overlapping windows, as FBI-LLM reports it."""
+    from bitinfer import tables
+    from bitinfer.evaluate import perplexity
+
+    content = _read(text)
+    network, tokenizer = _load(model, dtype, act_bits, act_block, threads)
+    with _progress("windows") as progress:
+        result = perplexity(
+            network,
+            tokenizer,
+            content,
+            window=window,
+            max_windows=max_windows,
+            batch=batch,
+            progress=lambda done, total, so_far: progress(done, total, f"perplexity {so_far:.3f}"),
+        )
+    _show(result.to_dict(), as_json, lambda: tables.evaluation(result, f"{model} on {text}"))
+
+
+@command("bitinfer doctor", "bitinfer doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what was built, what runs on this machine and why not, and what to do about it."""
+    from bitinfer import tables
+    from bitinfer.doctor import diagnose
+
+    result = diagnose()
+    _show(result.to_dict(), as_json, lambda: tables.diagnosis(result))
+    if not result.healthy:
+        raise typer.Exit(1)
+
+
+@command(
+    "bitinfer bench kernels --quick",
+    "bitinfer bench kernels --shapes 7b --m 1,32 --threads 8 --json results.json",
+    "bitinfer bench kernels --shapes 4096x4096 --isa scalar",
+    group=bench_app,
+)
+def kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shapes: Annotated[
+        str, typer.Option(help="130m, 1.3b, 7b of FBI-LLM, or NxK (outputs x inputs); with commas.")
+    ] = "130m,1.3b,7b",
+    m: Annotated[str, typer.Option("--m", help="Tokens, with commas.")] = "1,16,128",
+    threads: Threads = None,
+    isa: Annotated[str | None, typer.Option(help="Force an instruction set of the cpu backend.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write JSON here; - for stdout.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small model, one token, a few calls each.")] = False,
+) -> None:
+    """Time each op against F.linear, on weights that are not in cache, after checking its results."""
+    if isa is not None:
+        os.environ["BITINFER_CPU_ISA"] = isa
+    from bitinfer import tables
+    from bitinfer.bench import bench_kernels, parse_shapes
+
+    with _progress("measuring") as progress:
+        report = bench_kernels(
+            parse_shapes("130m" if quick else shapes),
+            [1] if quick else _ids(m),
+            device=device,
+            threads=threads,
+            isa=isa,
+            seconds=0.03 if quick else 0.3,
+            progress=progress,
+        )
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    _show(report.to_dict(), str(json_file) == "-", lambda: tables.benchmark(report))
+
+
+def _load(
+    model: Path, dtype: DType | None, act_bits: ActBits | None, act_block: ActBlock | None, threads: int | None
+) -> tuple[Any, Any]:
+    import torch
+
+    from bitinfer.load import load
+
+    if not model.is_dir() and str(model).count("/") != 1:  # what has one slash may be on the Hub
+        raise ValueError(f"{model}: no such folder; make one with: bitinfer convert SRC {model}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options: dict[str, Any] = {} if act_bits is None else {"act_bits": _bits(act_bits)}
+    if act_block is not None:
+        options["act_block"] = int(act_block.value)
+    with _status() as stage:
+        stage(f"loading {model}")
+        return load(model, dtype="auto" if dtype is None else getattr(torch, dtype.value), **options)
+
+
+def _bits(act_bits: ActBits) -> int | None:
+    return None if act_bits is ActBits.none else int(act_bits.value)
+
+
+def _ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f'expected numbers with commas like "1,2,3", got {text!r}')
+    return [int(part) for part in parts]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or pass another file") from None
+
+
+def _show(values: dict[str, Any], as_json: bool, table: Callable[[], Any]) -> None:
+    from bitinfer.tables import console
+
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        console().print(table())
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """Yield a function that says on stderr what is happening; silent where that is no terminal."""
+    from bitinfer.tables import console
+
+    out = console(stderr=True)
+    _quiet_transformers()
+    if not out.is_terminal:
+        yield lambda text: None
+        return
+    with out.status("") as status:
+        yield lambda text: status.update(text)
+
+
+@contextmanager
+def _progress(label: str, in_bytes: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a function (done, total, what) that moves a bar on stderr; silent where that is no terminal."""
+    from rich import progress as bars
+
+    from bitinfer.tables import console
+
+    out = console(stderr=True)
+    amount = bars.DownloadColumn() if in_bytes else bars.MofNCompleteColumn()
+    columns = (
+        bars.TextColumn(label),
+        bars.BarColumn(),
+        amount,
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+    )
+    with bars.Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' bars and remarks out of the output; --debug shows them."""
+    if os.environ.get(DEBUG, "0") in ("", "0"):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    """Write an exception in one line; one that bitinfer did not word says how to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (run again with {DEBUG}=1 for the traceback)"
+
+
+def main() -> None:
+    """Run the command line."""
+    warnings.showwarning = lambda message, *rest, **options: typer.echo(f"warning: {message}", err=True)
+    app(prog_name="bitinfer")
+
+
+if __name__ == "__main__":
+    main()
