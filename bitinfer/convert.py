@@ -1,19 +1,15 @@
 """convert: pack a checkpoint folder into one that holds one bit per weight.
 
-The source is read tensor by tensor and the result written as it comes: no more than one weight file is mapped at a time,
-and no more than a layer is held. The new folder appears under its name when it is complete, or not at all.
+The source is read tensor by tensor and the result written as it comes: no more than one weight file is mapped at a
+time, and no more than a layer is held. The new folder appears under its name when it is complete, or not at all.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitinfer.checkpoint import Checkpoint, read_json
+from bitinfer.checkpoint import Checkpoint
 from bitinfer.checks import ACT_BITS, BLOCK_SIZE
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, ZERO_LIMIT, Format, detect
 from bitinfer.formats.modules import Modules, kind_of, model_modules
 from bitinfer.formats.packed import LAYOUT_VERSION, QUANT_METHOD, quantization
+from bitinfer.output_folder import DISK_FULL, check_places, check_space, new_folder, no_space
 from bitinfer.packing import WORD_BITS, words_per_row
 from bitinfer.shard_writer import ShardWriter
 from bitinfer.weight import FLOAT_DTYPES, BinaryWeight, WeightLayout
@@ -40,6 +37,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+MARKS = (".wscale", ".wbias", ".input_factor", ".weight_scale")  # scales of some binary format
+EMBEDDINGS = ("embed", "wte", "wpe")  # parts of names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
 Progress = Callable[[int, int, str], None]
 
@@ -154,7 +153,8 @@ def convert(
         What was packed, and what to know about it.
 
     Raises:
-        FormatError: ``src`` is damaged, of no known format, packed already, or not binary. The message names the tensor.
+        FormatError: ``src`` is damaged, of no known format, packed already, or not binary. The message names
+            the tensor.
         FileExistsError: ``dst`` exists.
         OSError: the disk is full or not writable.
         ValueError, TypeError: an argument is wrong.
@@ -165,13 +165,13 @@ def convert(
         raise ValueError(f"convert: act_block must be 0 or {BLOCK_SIZE}, got {act_block!r}")
     target = _dtype(dtype)
     src, dst = Path(src), Path(dst)
-    _check_places(src, dst, overwrite)
+    check_places(src, dst, overwrite)
     source = Checkpoint(src)
     reader = _reader(source, format, group_size, method, zero_limit)
     plan = _Plan.make(source, reader, tuple([skip] if isinstance(skip, str) else skip))
-    _check_space(dst, plan.estimate(target))
+    check_space(dst, plan.estimate(target))
     report = ConversionReport(dst, reader.name)
-    with _new_folder(dst, overwrite) as folder:
+    with new_folder(dst, overwrite) as folder:
         try:
             written = _write_weights(plan, folder, target, report, progress)
             _finish_report(plan, report)
@@ -181,8 +181,8 @@ def convert(
             # last: without it nothing takes the folder for a model
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise _no_space(error.errno, dst, f"writing failed: {error.strerror}") from error
+            if error.errno in DISK_FULL:
+                raise no_space(error.errno or 0, dst, f"writing failed: {error.strerror}") from error
             raise
     return report
 
@@ -213,6 +213,12 @@ class _Plan:
                     f"{extra[0]}: it has no dense weight to keep; leave it out of skip"
                 )
         owner = {t: name for name in layers for t in reader.consumed(name) if t in source}
+        strays = [t for t in source if t.endswith(MARKS) and t not in owner]
+        if strays:
+            raise FormatError(
+                f"{source.path}: {strays[0]} belongs to no {reader.name} layer; without it the model would be "
+                "another one: leave out format=, and see what is detected"
+            )
         plan = cls(source, reader, layers, config, model_modules(config), owner)
         plan._check_shapes()
         return plan
@@ -241,8 +247,8 @@ class _Plan:
         expected = shape if self.modules is None else self.modules.linears.get(name, shape)
         if shape != expected:
             raise FormatError(
-                f"{name}.weight has shape {shape} (out_features, in_features), but the model of config.json needs {expected}: "
-                "weights and configuration do not belong together"
+                f"{name}.weight has shape {shape} (out_features, in_features), but the model of config.json needs "
+                f"{expected}: weights and configuration do not belong together"
             )
 
     def estimate(self, dtype: torch.dtype | None) -> int:
@@ -251,12 +257,10 @@ class _Plan:
         for name in self.source:
             shape, kind = self.source.shape(name), self.source.dtype(name)
             if name in self.owner and name.endswith(".weight"):
-                total += (
-                    math.prod(shape[:-1]) * 4 * words_per_row(shape[-1]) if kind.is_floating_point else math.prod(shape)
-                )
+                words = 4 * math.prod(shape[:-1]) * words_per_row(shape[-1])
+                total += words if kind.is_floating_point else math.prod(shape)
             else:
-                item = dtype.itemsize if dtype is not None and kind.is_floating_point else kind.itemsize
-                total += math.prod(shape) * item
+                total += math.prod(shape) * _cast_to(kind, dtype).itemsize
         return total + sum(file.stat().st_size for file in self.source.aux_files())
 
 
@@ -268,13 +272,13 @@ def _write_weights(
     total = sum(source.nbytes(name) for name in source)
     written: Counter[torch.dtype] = Counter()
     done = 0
-    with ShardWriter(folder) as writer:
+    with ShardWriter(folder, tensors=len(source) + 4 * len(plan.layers)) as writer:
         for name in source:  # in the order of the shards
             layer = plan.owner.get(name)
             if layer is None:
                 kept = source.tensor(name)
-                kind = dtype if dtype is not None and kept.is_floating_point() else kept.dtype
-                _check_range(name, kept, kind)
+                kind = _cast_to(kept.dtype, dtype)
+                _check_values(name, kept, kind)
                 writer.add(name, kept, kind)
                 if kind in FLOAT_DTYPES:
                     written[kind] += kept.numel() * kind.itemsize
@@ -283,8 +287,8 @@ def _write_weights(
                 weight, zeros = plan.reader.read_counted(source, layer)
                 plan.check_layer(layer, weight)
                 for part, tensor in weight.tensors(f"{layer}.").items():
-                    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    _check_range(part, tensor, kind)
+                    kind = _cast_to(tensor.dtype, dtype)
+                    _check_values(part, tensor, kind)
                     writer.add(part, tensor, kind)
                 if dtype is not None:
                     weight = weight.to(dtype)
@@ -304,12 +308,19 @@ def _layer_report(name: str, weight: BinaryWeight, zeros: int) -> LayerReport:
     return LayerReport(name, shape, weight.layout, weight.nbytes, weight.bits_per_weight, zeros)
 
 
-def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a cast that would turn finite values into infinity."""
-    if dtype == tensor.dtype or not tensor.is_floating_point() or not tensor.numel():
+def _cast_to(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype to write: ``dtype`` for what is a float of 16 bits or more, and what it is for all else."""
+    return dtype if dtype is not None and stored in (*FLOAT_DTYPES, torch.float64) else stored
+
+
+def _check_values(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse NaN, and a cast that would turn finite values into infinity."""
+    if tensor.dtype not in (*FLOAT_DTYPES, torch.float64) or not tensor.numel():
         return
-    low, high = torch.aminmax(tensor)
-    top = max(abs(float(low)), abs(float(high)))
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    if math.isnan(low):
+        raise FormatError(f"{name} holds NaN: the checkpoint is damaged")
+    top = max(abs(low), abs(high))
     if math.isfinite(top) and top > torch.finfo(dtype).max:
         raise FormatError(f"{name} holds values up to {top:g}, beyond {dtype}; pass dtype='bfloat16' or 'float32'")
 
@@ -321,11 +332,13 @@ def _finish_report(plan: _Plan, report: ConversionReport) -> None:
         report.kept_dense = [name for name in plan.modules.linears if name not in packed]
         outside = [name for name in plan.layers if name not in plan.modules.linears]
     else:
-        kept = [n.removesuffix(".weight") for n in source if n not in plan.owner and n.endswith((".weight", "lm_head"))]
         report.kept_dense = [
-            n
-            for n in kept
-            if len(source.shape(f"{n}.weight")) == 2 and not any(e in n for e in ("embed", "wte", "wpe"))
+            name.removesuffix(".weight")
+            for name in source
+            if name not in plan.owner
+            and name.endswith(".weight")
+            and len(source.shape(name)) == 2
+            and not any(part in name for part in EMBEDDINGS)
         ]
         if "lm_head" not in (*packed, *report.kept_dense):  # tied, and no tensor of its own
             report.kept_dense.append("lm_head")
@@ -350,22 +363,24 @@ def _finish_report(plan: _Plan, report: ConversionReport) -> None:
         if name not in plan.owner
         and len(source.shape(name)) >= 2
         and name.removesuffix(".weight") not in report.kept_dense
-        and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+        and not any(part in name for part in EMBEDDINGS)
     ]
     if dense:
         size = sum(source.nbytes(name) for name in dense) / 1e6
         report.notes.append(
-            f"{len(dense)} tensors ({size:.1f} MB in the source) are no linear layers of their own, such as the experts "
-            f"of a mixture, and stay dense: e.g. {dense[0]}"
+            f"{len(dense)} tensors ({size:.1f} MB in the source) are no linear layers of their own, such as the "
+            f"experts of a mixture, and stay dense: e.g. {dense[0]}"
         )
     if report.zeros:
         worst = max(report.layers, key=lambda layer: layer.zeros)
         report.notes.append(
-            f"{report.zeros} weights are exactly 0, which a bit cannot hold, and became +1 (most in {worst.name}: {worst.zeros})"
+            f"{report.zeros} weights are exactly 0, which a bit cannot hold, and became +1 "
+            f"(most in {worst.name}: {worst.zeros})"
         )
     if not any((source.path / file).is_file() for file in TOKENIZER_FILES):
         report.notes.append(
-            "no tokenizer found in the source: copy tokenizer.json or tokenizer.model and tokenizer_config.json into the folder"
+            "no tokenizer found in the source: copy tokenizer.json or tokenizer.model and tokenizer_config.json into "
+            "the folder"
         )
 
 
@@ -436,88 +451,3 @@ def _reader(source: Checkpoint, name: str, group_size: int, method: str, zero_li
 
 def _is_skipped(name: str, skip: tuple[str, ...]) -> bool:
     return any(f".{s}." in f".{name}." or fnmatchcase(name, s) for s in skip)
-
-
-# the new folder
-
-
-def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
-    a, b = src.resolve(), dst.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(f"convert: dst={dst} and src={src} must be separate folders, neither inside the other")
-    if not os.path.lexists(dst):
-        return
-    if not overwrite:
-        raise FileExistsError(errno.EEXIST, "the folder exists; pass overwrite=True, or another dst", str(dst))
-    if dst.is_symlink() or not dst.is_dir():
-        raise FileExistsError(errno.EEXIST, "it is no folder, and is not overwritten; remove it first", str(dst))
-    # only our own work is replaced: a slip in dst must not cost a home directory
-    if any(dst.iterdir()) and not _is_ours(dst):
-        raise FileExistsError(
-            errno.EEXIST, "it is no folder that bitinfer packed, and is not overwritten; remove it first", str(dst)
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return quantization(read_json(folder / "config.json")).get("quant_method") == QUANT_METHOD
-    except FormatError:
-        return False
-
-
-def _check_space(dst: Path, needed: int) -> None:
-    parent = next(p for p in (dst.absolute().parent, *dst.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise _no_space(errno.ENOSPC, dst, f"about {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
-
-
-def _no_space(code: int, dst: Path, reason: str) -> OSError:
-    return OSError(code, f"not enough disk space, nothing is left behind ({reason})", str(dst))
-
-
-@contextmanager
-def _new_folder(dst: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside ``dst`` that takes its name on success and is removed on any exception."""
-    parents = [p for p in dst.absolute().parents if not p.exists()]
-    dst.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{dst.name}.incomplete-", dir=dst.absolute().parent))
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's folder is for its owner alone
-        if overwrite and dst.exists():
-            _replace_folder(folder, dst)
-        else:
-            _claim(folder, dst)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in parents:  # innermost first
-            try:
-                parent.rmdir()
-            except OSError:
-                break
-        raise
-
-
-def _claim(folder: Path, dst: Path) -> None:
-    if os.path.lexists(dst):  # since the check at the start
-        raise FileExistsError(errno.EEXIST, "the folder appeared while it was being made", str(dst))
-    os.rename(folder, dst)
-
-
-def _replace_folder(folder: Path, dst: Path) -> None:
-    """Put ``folder`` in the place of ``dst``, which is there in its old form until the new one is complete."""
-    old = folder.with_name(folder.name.replace(".incomplete-", ".replaced-"))
-    os.rename(dst, old)
-    try:
-        os.rename(folder, dst)
-    except BaseException:
-        os.rename(old, dst)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bitinfer.weight_files import SAFETENSORS_DTYPES
 
-HEADER_BYTES = 1 << 18
+ENTRY_BYTES = 256  # room for a tensor's name, shape and place
+MAX_HEADER_BYTES = 1 << 18
 MAX_SHARD_BYTES = 1_000_000_000
 CHUNK_BYTES = 1 << 26
 INDEX = "model.safetensors.index.json"
@@ -35,12 +36,14 @@ class ShardWriter:
 
     Args:
         folder: an existing folder.
+        tensors: about how many there will be, for the size of the header; a shard whose header is full is closed.
         max_bytes: size at which a new shard starts; a single larger tensor gets one of its own.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, tensors: int = 1000, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
+        self.header_bytes = min(MAX_HEADER_BYTES, 4096 + ENTRY_BYTES * tensors)
         self.total = 0
         self.weight_map: dict[str, str] = {}
         self._shards: list[list[str]] = []
@@ -69,7 +72,7 @@ class ShardWriter:
         size = tensor.numel() * dtype.itemsize
         entry = len(json.dumps([name, _NAMES[dtype], list(tensor.shape)])) + 100
         if self._file is not None and (
-            self._offset + size > self.max_bytes or self._header_size + entry > HEADER_BYTES
+            self._offset + size > self.max_bytes or self._header_size + entry > self.header_bytes
         ):
             self._close_shard()
         if self._file is None:
@@ -103,7 +106,7 @@ class ShardWriter:
     def _open_shard(self) -> None:
         self._shards.append([])
         self._file = self._partial(len(self._shards)).open("wb")
-        self._file.seek(8 + HEADER_BYTES)
+        self._file.seek(8 + self.header_bytes)
         self._header = {"__metadata__": {"format": "pt"}}
         self._header_size = 100
         self._offset = 0
@@ -113,7 +116,7 @@ class ShardWriter:
         start = self._offset
         for chunk in _chunks(tensor):
             data = chunk.to(dtype).contiguous().view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
+            self._file.write(data.data)
             self._offset += data.nbytes
         self._header[name] = {
             "dtype": _NAMES[dtype],
@@ -126,10 +129,10 @@ class ShardWriter:
         for name, tensor in sorted(self._last, key=lambda pair: -pair[1].element_size()):
             self._write(name, tensor, tensor.dtype)
         self._last = []
-        header = json.dumps(self._header, separators=(",", ":")).encode().ljust(HEADER_BYTES)
-        assert len(header) == HEADER_BYTES
+        header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self.header_bytes)
+        assert len(header) == self.header_bytes
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", HEADER_BYTES) + header)
+        self._file.write(struct.pack("<Q", self.header_bytes) + header)
         self._file.close()
         self._file = None
 

@@ -136,8 +136,7 @@ def _state_dict(values: Any, path: Path) -> dict[str, Tensor]:
             f"{type(values).__name__} with {', '.join(map(str, list(values)[:5]))}" if isinstance(values, dict) else ""
         )
         raise FormatError(
-            f"{path}: expected a state dict (names and tensors), got {held or type(values).__name__}; "
-            "save model.state_dict() itself"
+            f"{path}: expected a state dict (names and tensors), got {held}; save model.state_dict() itself"
         )
     tensors = {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
     # Lightning puts the attribute that holds the model, "model", before the model's own names

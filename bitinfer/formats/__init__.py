@@ -55,8 +55,8 @@ def _seen(checkpoint: Checkpoint) -> str:
     odd = [k for k in checkpoint if k.endswith("_proj.weight") and checkpoint.dtype(k) not in FLOAT_DTYPES]
     if odd:
         return (
-            f"{odd[0]} is {checkpoint.dtype(odd[0])} {checkpoint.shape(odd[0])}: weights packed in a format that bitinfer "
-            f"does not read; it reads {_known()}"
+            f"{odd[0]} is {checkpoint.dtype(odd[0])} {checkpoint.shape(odd[0])}: weights packed in a format that "
+            f"bitinfer does not read; it reads {_known()}"
         )
     name = sample_weight(checkpoint)
     if name is None:

@@ -99,7 +99,8 @@ def get_vector(
     tensor = get_tensor(tensors, name)
     if tuple(tensor.shape) not in allowed:
         raise FormatError(
-            f"{name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, allowed))} from the shape of the weight"
+            f"{name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, allowed))} from the "
+            "shape of the weight"
         )
     check_float(tensor, name)
     check_finite(tensor, name)
@@ -133,8 +134,8 @@ def check_zeros(zeros: int, weight: Tensor, name: str, zero_limit: float) -> Non
     if zeros > allowed_zeros(weight, zero_limit):
         raise FormatError(
             f"{name} holds {zeros} exact zeros among {weight.numel()} weights; a bit cannot hold 0, and at most "
-            f"{allowed_zeros(weight, zero_limit)} may become +1 (zero_limit={zero_limit:g}): it is no binary weight, or was "
-            "rounded to a dtype too narrow for it; take the original float32 file, or pass a higher zero_limit"
+            f"{allowed_zeros(weight, zero_limit)} may become +1 (zero_limit={zero_limit:g}): it is no binary weight, "
+            "or was rounded to a dtype too narrow for it; take the original float32 file, or pass a higher zero_limit"
         )
 
 
@@ -144,7 +145,7 @@ def allowed_zeros(weight: Tensor, zero_limit: float) -> int:
 
 
 def row_chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(first row, rows)`` over a matrix: temporaries stay small, and in the cache."""
+    """Yield ``(first row, rows)`` over a matrix: what is computed from them stays small, and in the cache."""
     step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield start, weight[start : start + step]

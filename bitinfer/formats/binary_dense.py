@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitinfer.checkpoint import Checkpoint
 from bitinfer.errors import FormatError
 from bitinfer.formats.base import Format, check_matrix, dense_linear, get_bias, get_tensor
-from bitinfer.formats.levels import row_binary, sample_weight
+from bitinfer.formats.levels import Levels, row_binary, sample_weight
 from bitinfer.formats.modules import linear_names
 from bitinfer.weight import BinaryWeight
 
@@ -70,7 +70,7 @@ class BinaryDense(Format):
     def _sizes(self) -> tuple[int, ...]:
         return (self.group_size,) if self.group_size else GROUP_SIZES
 
-    def _levels(self, weight: Tensor, name: str):
+    def _levels(self, weight: Tensor, name: str) -> tuple[Levels, int] | None:
         for group_size in self._sizes():
             if group_size and group_size >= weight.shape[1]:
                 group_size = 0

@@ -1,8 +1,8 @@
 """FBI-LLM: fp32 latent weights with a scale and a shift per input column (arXiv 2407.07093).
 
-``W~[n, k] = alpha[k] * sign(W[n, k]) + beta[k]``, ``y = W~ x + bias``, with ``weight`` W, ``wscale`` alpha and ``wbias``
-beta. ``wbias`` shifts the weight and is no bias. The shapes ``[1, K]`` (the released models), ``[N, 1]`` and ``[1]``
-tell the patterns column, row and single apart. alpha is learned and may be negative.
+``W~[n, k] = alpha[k] * sign(W[n, k]) + beta[k]``, ``y = W~ x + bias``, with ``weight`` W, ``wscale`` alpha and
+``wbias`` beta. ``wbias`` shifts the weight and is no bias. The shapes ``[1, K]`` (the released models), ``[N, 1]`` and
+``[1]`` tell the patterns column, row and single apart. alpha is learned and may be negative.
 
 The same model already materialised, dense with two values per column, is read too where that loses nothing.
 """
@@ -105,8 +105,8 @@ def _scales(tensors: Mapping[str, Tensor], prefix: str, rows: int, columns: int)
         target = (1, 1)
     else:
         raise FormatError(
-            f"{scale} has shape {shape}, expected (1, {columns}) (per column), ({rows}, 1) (per row) or (1,) for a weight "
-            f"of shape {(rows, columns)}"
+            f"{scale} has shape {shape}, expected (1, {columns}) (per column), ({rows}, 1) (per row) or (1,) for a "
+            f"weight of shape {(rows, columns)}"
         )
     alpha, beta = (get_vector(tensors, name, target, (shape,)) for name in (scale, shift))
     return alpha, beta, target == (1, columns) and columns > 1
@@ -117,7 +117,8 @@ def _read_materialised(weight: Tensor, bias: Tensor | None, prefix: str, zero_li
     if found is None:
         raise FormatError(
             f"{prefix}.weight has no wscale and wbias beside it, and its columns do not take two values each "
-            f"that a scale and a shift give back exactly (column 0 takes {len(weight[:, 0].unique())}): it is no FBI-LLM layer"
+            f"that a scale and a shift give back exactly (column 0 takes {len(weight[:, 0].unique())}): it is no "
+            "FBI-LLM layer"
         )
     return BinaryWeight(
         found.signs, weight.shape[1], in_scale=found.scale, in_shift=found.shift, bias=bias

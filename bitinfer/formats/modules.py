@@ -100,6 +100,6 @@ def check_one_way(layers: Iterable[str], others: Iterable[str], format_name: str
     for name in others:
         if kind_of(name) in kinds:
             raise FormatError(
-                f"{name} lacks {lacking}, which {kinds[kind_of(name)]} has; some layers are stored as {format_name} and some "
-                "are not: the checkpoint is mixed or incomplete"
+                f"{name} lacks {lacking}, which {kinds[kind_of(name)]} has; some layers are stored as {format_name} "
+                "and some are not: the checkpoint is mixed or incomplete"
             )

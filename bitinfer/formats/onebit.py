@@ -21,35 +21,33 @@ from bitinfer.weight import BinaryWeight
 
 NORM_EPS = 1e-5
 PARTS = ("weight", "weight_scale", "input_factor")
-LLAMA_KEYS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "pretraining_tp",
-        "tie_word_embeddings",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "attention_bias",
-        "attention_dropout",
-        "mlp_bias",
-        "head_dim",
-        "dtype",
-        "torch_dtype",
-    ]
-)
+LLAMA_KEYS = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "pretraining_tp",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "head_dim",
+    "dtype",
+    "torch_dtype",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class OneBit(Format):
         return tuple(f"{prefix}.{part}" for part in (*PARTS, "bias"))
 
     def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the configuration as one of LLaMA: ``bitllama`` is known to its authors' fork of transformers alone."""
+        """Return the configuration as one of LLaMA: only its authors' fork of transformers knows ``bitllama``."""
         config = super().config(checkpoint)
         if config.get("model_type") != "bitllama":
             return config

@@ -65,7 +65,7 @@ class Packed(Format):
         words = get_tensor(tensors, f"{prefix}.weight")
         if words.dtype != torch.uint32 or words.dim() != (3 if layout.planes > 1 else 2):
             raise FormatError(
-                f"{prefix}.weight is {words.dtype} {tuple(words.shape)}, expected uint32 [out_features, in_features / 32] "
+                f"{prefix}.weight is {words.dtype} {tuple(words.shape)}, expected uint32 [N, K / 32] "
                 f"with {layout.planes} plane(s) as config.json says"
             )
         parts = {"weight": words}

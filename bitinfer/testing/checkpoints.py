@@ -121,7 +121,7 @@ def write_onebit(
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = True,
 ) -> dict[str, Tensor]:
-    """Write OneBit: int8 signs (``packed``) or latents of 0.01, ``weight_scale [N]``, ``input_factor [K]``, ``bitllama``."""
+    """Write OneBit (``bitllama``): int8 signs or latents of 0.01, ``weight_scale [N]`` and ``input_factor [K]``."""
     generator = torch.Generator().manual_seed(seed)
     config = llama_config(shape, layers, vocab)
     config |= {
@@ -313,7 +313,7 @@ def write_weights(folder: str | Path, tensors: dict[str, Tensor], shards: int = 
     for name, tensor in tensors.items():
         parts[min(shards - 1, done * shards // max(total, 1))][name] = tensor.contiguous()
         done += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.{suffix}"
         if kind == "safetensors":
