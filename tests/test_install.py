@@ -1,0 +1,105 @@
+"""Installing from source: with a compiler, without one, and with CUDA switched off; ``bitinfer doctor`` tells which."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "bitinfer")
+BUILT = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+pytestmark = pytest.mark.slow
+
+
+def install(folder: Path, **environment: str) -> tuple[Path, subprocess.CompletedProcess]:
+    """Install a clean copy of the sources into ``folder/site``; return that folder and pip's run."""
+    source, site = folder / "source", folder / "site"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=BUILT)
+        else:
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-v"]
+    run = subprocess.run(
+        [*pip, "--target", str(site), str(source)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return site, run
+
+
+def doctor(site: Path) -> dict:
+    run = subprocess.run(
+        [sys.executable, "-m", "bitinfer.cli", "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=site,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.stdout, run.stderr
+    return json.loads(run.stdout)
+
+
+GENERATE = """
+import torch, bitinfer
+layer = bitinfer.BinaryLinear.from_linear(torch.nn.Linear(100, 7))
+for layer.act_bits in (None, 8):
+    print(layer(torch.ones(2, 100)).shape)
+"""
+
+
+def runs(site: Path) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", GENERATE],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=site,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("torch.Size([2, 7])") == 2
+    return run.stderr
+
+
+def test_with_a_compiler_and_cuda_off(tmp_path):
+    site, run = install(tmp_path, BITINFER_CUDA="0", BITINFER_REQUIRE_NATIVE="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    state = doctor(site)
+    assert state["install"] == "cpu only" and state["build"]["native"] and not state["build"]["cuda"]
+    assert state["build"]["cuda_reason"]
+    assert all(b["available"] for b in state["backends"] if b["name"] in ("cpu", "reference"))
+    assert "slow" not in runs(site)
+
+
+def test_without_a_compiler(tmp_path):
+    site, run = install(tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "WITHOUT its compiled kernels: no C++ compiler was found" in run.stdout + run.stderr
+    assert not list(site.glob("bitinfer/*.so"))
+    state = doctor(site)
+    assert state["install"] == "pure python" and "no C++ compiler" in state["build"]["native_reason"]
+    assert {b["name"]: b["available"] for b in state["backends"]}["cpu"] is False
+    assert any("compiler" in p["next_step"] for p in state["problems"])
+    assert "pure torch reference backend, which is slow" in runs(site)
+
+
+def test_compiled_parts_switched_off(tmp_path):
+    site, run = install(tmp_path, BITINFER_NO_NATIVE="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    state = doctor(site)
+    assert state["install"] == "pure python" and "BITINFER_NO_NATIVE" in state["build"]["native_reason"]
+
+
+def test_required_but_impossible_is_an_error(tmp_path):
+    _, run = install(tmp_path, CXX="/nonexistent/c++", BITINFER_REQUIRE_NATIVE="1")
+    assert run.returncode != 0
+    assert "BITINFER_REQUIRE_NATIVE is set, but no C++ compiler was found" in run.stdout + run.stderr
