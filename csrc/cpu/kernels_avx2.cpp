@@ -1,0 +1,415 @@
+// The AVX2 table. Eight (sign_gemm) or 32 (popcount_gemm) weight rows sit in the lanes of a register, the tables of a
+// token are registers too, and a lookup is one vpermps or vpshufb with the packed bits as the index.
+#include "dispatch.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "buffer.h"
+#include "kernels.h"
+
+// Everything from here on is compiled for AVX2; nothing of it may be reached before dispatch.cpp has asked the
+// processor. All standard headers are above, so that no function shared with other files is compiled so.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+// clang-format off: the templates need each other and the headers above in this order
+#include "activations.h"
+#include "sign_gemm.h"
+#include "popcount_gemm.h"
+// clang-format on
+
+namespace bitinfer::cpu {
+namespace {
+
+__m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+__m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+// Round to nearest even on the upper half of each float; NaN stays NaN.
+__m256i to_bfloat16_bits(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+}
+
+struct Conversions {
+  static void load_floats(Floats src, int64_t n, float* dst) {
+    if (n == 0) return;
+    if (src.dtype == Dtype::kFloat32) {
+      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
+      return;
+    }
+    const auto* values = static_cast<const uint16_t*>(src.data);
+    const bool half = src.dtype == Dtype::kFloat16;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      const __m128i bits = load128(values + i);
+      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+      _mm256_storeu_ps(dst + i, half ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(wide));
+    }
+    for (; i < n; ++i) dst[i] = half ? half_to_float(values[i]) : bfloat16_to_float(values[i]);
+  }
+
+  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
+    if (n == 0) return;
+    if (dtype == Dtype::kFloat32) {
+      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
+      return;
+    }
+    auto* values = static_cast<uint16_t*>(dst);
+    const bool half = dtype == Dtype::kFloat16;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      const __m256 value = _mm256_loadu_ps(src + i);
+      const __m256i wide = to_bfloat16_bits(value);
+      const __m128i brain = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+      const __m128i bits = half ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : brain;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), bits);
+    }
+    for (; i < n; ++i) values[i] = half ? float_to_half(src[i]) : float_to_bfloat16(src[i]);
+  }
+};
+
+struct Avx2Activations : Conversions {
+  static void pack_signs(const float* x, int64_t words, uint32_t* out) {
+    const __m256 zero = _mm256_setzero_ps();
+    for (int64_t w = 0; w < words; ++w) {
+      uint32_t word = 0;
+      for (int part = 0; part < 4; ++part) {
+        const __m256 below = _mm256_cmp_ps(_mm256_loadu_ps(x + w * kWordBits + part * 8), zero, _CMP_LT_OQ);
+        word |= static_cast<uint32_t>(_mm256_movemask_ps(below)) << (8 * part);
+      }
+      out[w] = word;
+    }
+  }
+
+  static void pack_plane(const int8_t* q, int64_t words, int bit, uint32_t* plane) {
+    const __m128i to_top = _mm_cvtsi32_si128(7 - bit);  // bits that cross into the next byte are below its top one
+    for (int64_t w = 0; w < words; ++w) {
+      const __m256i moved = _mm256_sll_epi16(load256(q + w * kWordBits), to_top);
+      plane[w] = static_cast<uint32_t>(_mm256_movemask_epi8(moved));
+    }
+  }
+};
+
+// Reads the words [0, 4) of a row into 16 bytes; those at `available` and beyond are 0 and not touched in memory.
+__m128i four_words(const uint32_t* row, int64_t available) {
+  if (available >= 4) return load128(row);
+  alignas(16) uint32_t padded[4] = {};
+  for (int64_t i = 0; i < available; ++i) padded[i] = row[i];
+  return load128(padded);
+}
+
+// Asks for the cache line of each row that the next chunk will read.
+void prefetch_rows(const uint32_t* words, int64_t stride, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(words + r * stride + 16), _MM_HINT_T0);
+}
+
+// Three columns to a table of their eight signed sums: bits 3*i ... 3*i+2 of a word index table i, and vpermps looks at
+// no other bit. The last of a word's eleven tables stands for two columns.
+struct Avx2Signs : Conversions {
+  static constexpr int64_t kRowTile = 32, kRows = 128, kWords = 16, kTables = 11, kTableFloats = kTables * 8;
+
+  static void build_tables(const float* z, int64_t words, float* tables) {
+    const __m256 flip0 = _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f);
+    const __m256 flip1 = _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f);
+    const __m256 flip2 = _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f);
+    for (int64_t w = 0; w < words; ++w, z += kWordBits, tables += kTableFloats) {
+      for (int i = 0; i < kTables; ++i) {
+        const __m256 a = _mm256_xor_ps(_mm256_broadcast_ss(z + 3 * i), flip0);
+        const __m256 b = _mm256_xor_ps(_mm256_broadcast_ss(z + 3 * i + 1), flip1);
+        __m256 sum = _mm256_add_ps(a, b);
+        if (i < kTables - 1) sum = _mm256_add_ps(sum, _mm256_xor_ps(_mm256_broadcast_ss(z + 3 * i + 2), flip2));
+        _mm256_storeu_ps(tables + 8 * i, sum);
+      }
+    }
+  }
+
+  // words[w][r]: the words of neighbouring rows lie side by side
+  struct Tile {
+    alignas(32) uint32_t words[kWords][kRows];
+
+    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
+      prefetch_rows(first, stride, rows);
+      for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 8) {  // the last row again and again up to a whole block
+        for (int64_t w = 0; w < count; w += 4) {
+          // each lane is a 4 x 4 transpose: rows r ... r+3 in the lower, r+4 ... r+7 in the upper
+          __m256i in[4], mid[4];
+          for (int i = 0; i < 4; ++i) {
+            const int64_t low = r + i < rows ? r + i : rows - 1, high = r + i + 4 < rows ? r + i + 4 : rows - 1;
+            in[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(first + low * stride + w, available - w)),
+                                            four_words(first + high * stride + w, available - w), 1);
+          }
+          for (int i = 0; i < 2; ++i) {
+            mid[2 * i] = _mm256_unpacklo_epi32(in[i], in[i + 2]);
+            mid[2 * i + 1] = _mm256_unpackhi_epi32(in[i], in[i + 2]);
+          }
+          for (int i = 0; i < 2; ++i) {
+            const __m256i even = _mm256_unpacklo_epi32(mid[i], mid[i + 2]);
+            const __m256i odd = _mm256_unpackhi_epi32(mid[i], mid[i + 2]);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(&words[w + 2 * i][r]), even);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(&words[w + 2 * i + 1][r]), odd);
+          }
+        }
+      }
+    }
+  };
+
+  // 8*R rows and T tokens from row r on; R*T sums stay in registers over the whole chunk
+  template <int R, int T>
+  static void block(const Tile& tile, int64_t r, int64_t words, const float* tables, int64_t token_stride,
+                    float* sums) {
+    __m256 acc[R][T];
+    for (int i = 0; i < R; ++i) {
+      for (int t = 0; t < T; ++t) acc[i][t] = _mm256_setzero_ps();
+    }
+    for (int64_t w = 0; w < words; ++w, tables += kTableFloats) {
+      __m256i index[R];
+      for (int i = 0; i < R; ++i) index[i] = load256(&tile.words[w][r + 8 * i]);
+      for (int pair = 0; pair < kTables / 2; ++pair) {
+        __m256i next[R];
+        for (int i = 0; i < R; ++i) next[i] = _mm256_srli_epi32(index[i], 3);
+        for (int t = 0; t < T; ++t) {
+          const __m256 table0 = _mm256_loadu_ps(tables + t * token_stride + 16 * pair);
+          const __m256 table1 = _mm256_loadu_ps(tables + t * token_stride + 16 * pair + 8);
+          for (int i = 0; i < R; ++i) {
+            const __m256 two =
+                _mm256_add_ps(_mm256_permutevar8x32_ps(table0, index[i]), _mm256_permutevar8x32_ps(table1, next[i]));
+            acc[i][t] = _mm256_add_ps(acc[i][t], two);
+          }
+        }
+        for (int i = 0; i < R; ++i) index[i] = _mm256_srli_epi32(next[i], 3);
+      }
+      for (int t = 0; t < T; ++t) {
+        const __m256 table = _mm256_loadu_ps(tables + t * token_stride + 8 * (kTables - 1));
+        for (int i = 0; i < R; ++i) acc[i][t] = _mm256_add_ps(acc[i][t], _mm256_permutevar8x32_ps(table, index[i]));
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int t = 0; t < T; ++t) {
+        float* sum = sums + t * kRows + r + 8 * i;
+        _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), acc[i][t]));
+      }
+    }
+  }
+
+  static void lookup(const Tile& tile, int64_t rows, int64_t words, const float* tables, int64_t token_stride,
+                     int64_t tokens, float* sums) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) {
+      for (int64_t r = 0; r < rows; r += 16) {
+        block<2, 4>(tile, r, words, tables + t * token_stride, token_stride, sums + t * kRows);
+      }
+    }
+    for (; t < tokens; ++t) {
+      for (int64_t r = 0; r < rows; r += 32) {
+        block<4, 1>(tile, r, words, tables + t * token_stride, token_stride, sums + t * kRows);
+      }
+    }
+  }
+};
+
+// Four columns to a table of their sixteen subset sums, in unsigned bytes. Eight bits need two tables: q = 16*high +
+// low, low unsigned. Signed sums are raised by 4 * 2^(bits-1) (no subset sum of four is smaller than minus that).
+struct Avx2Counts : Conversions {
+  static constexpr int64_t kRowTile = 64, kRows = 128, kWords = 16;
+
+  static constexpr int64_t table_bytes(int64_t bits) { return 8 * 16 * (bits == 8 ? 2 : 1); }
+  static constexpr int32_t raise(int64_t bits) { return 4 << ((bits == 8 ? 4 : bits == 1 ? 1 : bits) - 1); }
+  static constexpr int32_t offset(int64_t bits) { return 8 * raise(bits) * (bits == 8 ? 16 : 1); }
+
+  static void add_plane(const uint32_t* plane, int64_t words, int8_t weight, int8_t* q) {
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    for (int64_t w = 0; w < words; ++w) {
+      auto* values = reinterpret_cast<__m256i*>(q + w * kWordBits);
+      const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(plane[w])), spread);
+      const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+      const __m256i added = _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(weight)));
+      _mm256_storeu_si256(values, _mm256_add_epi8(load256(values), added));
+    }
+  }
+
+  static void build_tables(const int8_t* q, int64_t words, int64_t bits, std::byte* tables) {
+    const __m256i byte0 = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0));  // -1: not in the subset, selects 0
+    const __m256i byte1 =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1));
+    const __m256i byte2 =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, 2, 2, 2, 2, -1, -1, -1, -1, 2, 2, 2, 2));
+    const __m256i byte3 =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 3, 3, 3, 3, 3, 3, 3, 3));
+    const auto up = static_cast<char>(raise(bits));
+    // lower lane: the low (or only) table; upper lane: the high one
+    const __m256i raised = bits == 8 ? _mm256_setr_m128i(_mm_setzero_si128(), _mm_set1_epi8(up)) : _mm256_set1_epi8(up);
+    for (int64_t i = 0; i < words * 8; ++i) {
+      int32_t four;
+      std::memcpy(&four, q + 4 * i, sizeof four);
+      __m256i values = _mm256_set1_epi32(four);
+      if (bits == 8) {
+        const __m128i narrow = _mm256_castsi256_si128(values);
+        const __m128i low = _mm_and_si128(narrow, _mm_set1_epi8(15));
+        // high = q >> 4 with its sign: (q >> 4 & 15 ^ 8) - 8
+        const __m128i high =
+            _mm_sub_epi8(_mm_xor_si128(_mm_and_si128(_mm_srli_epi16(narrow, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)),
+                         _mm_set1_epi8(8));
+        values = _mm256_setr_m128i(low, high);
+      }
+      const __m256i sums =
+          _mm256_add_epi8(_mm256_add_epi8(_mm256_add_epi8(raised, _mm256_shuffle_epi8(values, byte0)),
+                                          _mm256_shuffle_epi8(values, byte1)),
+                          _mm256_add_epi8(_mm256_shuffle_epi8(values, byte2), _mm256_shuffle_epi8(values, byte3)));
+      if (bits == 8) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables + 32 * i), sums);
+      } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(tables + 16 * i), _mm256_castsi256_si128(sums));
+      }
+    }
+  }
+
+  // nibbles[i][r]: nibble i of the chunk (columns 4*i ... 4*i+3) of row r
+  struct Tile {
+    alignas(32) uint8_t nibbles[kWords * 8][kRows];
+
+    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
+      prefetch_rows(first, stride, rows);
+      const __m256i low = _mm256_set1_epi8(15);
+      for (int64_t r = 0; r < (rows + 63) / 64 * 64; r += 32) {  // the last row again and again up to a whole block
+        for (int64_t w = 0; w < count; w += 4) {
+          // each lane is a 16 x 16 transpose of bytes: rows r ... r+15 in the lower, r+16 ... r+31 in the upper
+          __m256i a[16], b[16];
+          for (int i = 0; i < 16; ++i) {
+            const int64_t lower = r + i < rows ? r + i : rows - 1, upper = r + i + 16 < rows ? r + i + 16 : rows - 1;
+            a[i] =
+                _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(first + lower * stride + w, available - w)),
+                                        four_words(first + upper * stride + w, available - w), 1);
+          }
+          interleave(a, b);
+          interleave(b, a);
+          interleave(a, b);
+          interleave(b, a);
+          for (int i = 0; i < 16; ++i) {
+            auto* out = reinterpret_cast<__m256i*>(&nibbles[8 * w + 2 * i][r]);
+            _mm256_store_si256(out, _mm256_and_si256(a[i], low));
+            _mm256_store_si256(out + kRows / 32, _mm256_and_si256(_mm256_srli_epi16(a[i], 4), low));
+          }
+        }
+      }
+    }
+
+    // Four such steps transpose: each turns the address (row, byte), eight bits, by one bit.
+    static void interleave(const __m256i* in, __m256i* out) {
+      for (int i = 0; i < 8; ++i) {
+        out[2 * i] = _mm256_unpacklo_epi8(in[i], in[i + 8]);
+        out[2 * i + 1] = _mm256_unpackhi_epi8(in[i], in[i + 8]);
+      }
+    }
+  };
+
+  // Sums of bytes, kept as 16-bit sums of whole lanes and of their upper bytes: one addition each, and no unpacking.
+  struct Accumulator {
+    __m256i both, odd;
+
+    void clear() { both = odd = _mm256_setzero_si256(); }
+    void add(__m256i bytes) {
+      both = _mm256_add_epi16(both, bytes);
+      odd = _mm256_add_epi16(odd, _mm256_srli_epi16(bytes, 8));
+    }
+    __m256i even() const { return _mm256_sub_epi16(both, _mm256_slli_epi16(odd, 8)); }
+  };
+
+  // Adds low + 16 * high of 32 rows to counts.
+  static void flush(const Accumulator& low, const Accumulator& high, int32_t* counts) {
+    const __m256i weights = _mm256_set1_epi32(1 | 16 << 16);
+    const __m256i low_even = low.even(), high_even = high.even();
+    for (int half = 0; half < 2; ++half) {  // rows 0 ... 7 and 16 ... 23, then 8 ... 15 and 24 ... 31
+      const __m256i l = half ? _mm256_unpackhi_epi16(low_even, low.odd) : _mm256_unpacklo_epi16(low_even, low.odd);
+      const __m256i h = half ? _mm256_unpackhi_epi16(high_even, high.odd) : _mm256_unpacklo_epi16(high_even, high.odd);
+      const __m256i quads[2] = {_mm256_madd_epi16(_mm256_unpacklo_epi16(l, h), weights),
+                                _mm256_madd_epi16(_mm256_unpackhi_epi16(l, h), weights)};
+      for (int i = 0; i < 2; ++i) {
+        auto* lower = reinterpret_cast<__m128i*>(counts + 8 * half + 4 * i);
+        auto* upper = reinterpret_cast<__m128i*>(counts + 8 * half + 4 * i + 16);
+        _mm_storeu_si128(lower, _mm_add_epi32(load128(lower), _mm256_castsi256_si128(quads[i])));
+        _mm_storeu_si128(upper, _mm_add_epi32(load128(upper), _mm256_extracti128_si256(quads[i], 1)));
+      }
+    }
+  }
+
+  // 64 rows from row r on, one token. kTables per nibble; kRun lookups fit a byte together.
+  template <int kTables, int kRun>
+  static void block(const Tile& tile, int64_t r, int64_t words, const std::byte* tables, int32_t* counts) {
+    Accumulator low[2], high[2];
+    for (int v = 0; v < 2; ++v) {
+      low[v].clear();
+      high[v].clear();
+    }
+    for (int64_t i = 0; i < words * 8; i += kRun) {
+      __m256i low_bytes[2] = {}, high_bytes[2] = {};
+      for (int j = 0; j < kRun; ++j) {
+        const __m256i low_table = _mm256_broadcastsi128_si256(load128(tables + 16 * kTables * (i + j)));
+        const __m256i high_table = _mm256_broadcastsi128_si256(load128(tables + 16 * kTables * (i + j + 1) - 16));
+        for (int v = 0; v < 2; ++v) {
+          const __m256i index = load256(&tile.nibbles[i + j][r + 32 * v]);
+          low_bytes[v] = _mm256_add_epi8(low_bytes[v], _mm256_shuffle_epi8(low_table, index));
+          if (kTables == 2) high_bytes[v] = _mm256_add_epi8(high_bytes[v], _mm256_shuffle_epi8(high_table, index));
+        }
+      }
+      for (int v = 0; v < 2; ++v) {
+        low[v].add(low_bytes[v]);
+        if (kTables == 2) high[v].add(high_bytes[v]);
+      }
+    }
+    for (int v = 0; v < 2; ++v) flush(low[v], high[v], counts + r + 32 * v);
+  }
+
+  static void lookup(const Tile& tile, int64_t rows, int64_t words, int64_t bits, const std::byte* tables,
+                     int64_t token_stride, int64_t tokens, int32_t* counts) {
+    // A table entry is at most 60 (eight and four bits) or 12: four or eight fit a byte. 16-bit sums: words * 8 * 60.
+    static_assert(kWords * 8 * 60 < 1 << 15);
+    for (int64_t t = 0; t < tokens; ++t, tables += token_stride, counts += kRows) {
+      for (int64_t r = 0; r < rows; r += 64) {
+        if (bits == 8) {
+          block<2, 4>(tile, r, words, tables, counts);
+        } else if (bits == 4) {
+          block<1, 4>(tile, r, words, tables, counts);
+        } else {
+          block<1, 8>(tile, r, words, tables, counts);
+        }
+      }
+    }
+  }
+};
+
+constexpr Kernels kKernels = {pack_signs<Avx2Activations>, pack_activations<Avx2Activations>,
+                              sign_gemm_kernel<Avx2Signs>(), popcount_gemm_kernel<Avx2Counts>(),
+                              layer_norm<Conversions>};
+
+}  // namespace
+}  // namespace bitinfer::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const bitinfer::cpu::Kernels* bitinfer::cpu::avx2_kernels() { return &kKernels; }
+
+#else
+
+const bitinfer::cpu::Kernels* bitinfer::cpu::avx2_kernels() { return nullptr; }
+
+#endif
