@@ -154,7 +154,8 @@ def _activation_scales(z: Tensor, bits: int, block_size: int) -> tuple[Tensor, T
         size = block_size or max(k, 1)
         absmax = F.pad(magnitude, (0, -k % size)).unflatten(-1, (-1, size)).amax(-1) if k else magnitude.sum(-1, True)
         bad = ~absmax.isfinite()
-        highest = float((1 << (bits - 1)) - 1)
+        # a tensor, since torch turns division of or by a number into a reciprocal, which rounds twice
+        highest = torch.full_like(absmax, (1 << (bits - 1)) - 1)
         zero = absmax < SMALLEST_ABSMAX
         scale = torch.where(zero, 0.0, absmax / highest)
         inverse = torch.where(zero, 0.0, highest / absmax)
