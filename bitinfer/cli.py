@@ -5,8 +5,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,7 +14,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-DEBUG = "BITINFER_DEBUG"
+from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
 
 
 class Commands(TyperGroup):
@@ -32,7 +31,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own: usage errors and the like
                 raise
-            if os.environ.get(DEBUG, "0") not in ("", "0"):
+            if debugging():
                 traceback.print_exc()
             typer.echo(f"error: {_one_line(error)}", err=True)
             raise typer.Exit(1) from None
@@ -168,7 +167,7 @@ def convert(
     from bitinfer.convert import convert as run
 
     start = time.perf_counter()
-    with _progress("packing", in_bytes=True) as progress:
+    with progress_bar("packing", in_bytes=True) as progress:
         report = run(
             src,
             dst,
@@ -183,7 +182,7 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    out = tables.console()
+    out = console()
     out.print(tables.conversion(report, time.perf_counter() - start))
     out.print(tables.next_step(f"bitinfer verify {src} {dst}"), soft_wrap=True)
 
@@ -231,7 +230,7 @@ def verify(
 
     if text is not None and prompt is not None:
         raise typer.BadParameter("give --text or --prompt, not both")
-    with _status() as stage:
+    with status() as stage:
         result = run(
             src,
             dst,
@@ -305,7 +304,9 @@ def generate(
 def evaluate(
     model: Model,
     text: TextFile,
-    window: Annotated[int, typer.Option(min=2, help="Tokens to a window.")] = 2048,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens to a window. By default 2048, or what the model can read.")
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Read no more windows than this.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     dtype: Dtype = None,
@@ -320,7 +321,7 @@ def evaluate(
 
     content = _read(text)
     network, tokenizer = _load(model, dtype, act_bits, act_block, threads)
-    with _progress("windows") as progress:
+    with progress_bar("windows") as progress:
         result = perplexity(
             network,
             tokenizer,
@@ -370,7 +371,7 @@ def kernels(
     from bitinfer import tables
     from bitinfer.bench import bench_kernels, parse_shapes
 
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         report = bench_kernels(
             parse_shapes("130m" if quick else shapes),
             [1] if quick else _ids(m),
@@ -399,7 +400,7 @@ def _load(
     options: dict[str, Any] = {} if act_bits is None else {"act_bits": _bits(act_bits)}
     if act_block is not None:
         options["act_block"] = int(act_block.value)
-    with _status() as stage:
+    with status() as stage:
         stage(f"loading {model}")
         return load(model, dtype="auto" if dtype is None else getattr(torch, dtype.value), **options)
 
@@ -423,56 +424,10 @@ def _read(path: Path) -> str:
 
 
 def _show(values: dict[str, Any], as_json: bool, table: Callable[[], Any]) -> None:
-    from bitinfer.tables import console
-
     if as_json:
         typer.echo(json.dumps(values, indent=2))
     else:
         console().print(table())
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """Yield a function that says on stderr what is happening; silent where that is no terminal."""
-    from bitinfer.tables import console
-
-    out = console(stderr=True)
-    _quiet_transformers()
-    if not out.is_terminal:
-        yield lambda text: None
-        return
-    with out.status("") as status:
-        yield lambda text: status.update(text)
-
-
-@contextmanager
-def _progress(label: str, in_bytes: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function (done, total, what) that moves a bar on stderr; silent where that is no terminal."""
-    from rich import progress as bars
-
-    from bitinfer.tables import console
-
-    out = console(stderr=True)
-    amount = bars.DownloadColumn() if in_bytes else bars.MofNCompleteColumn()
-    columns = (
-        bars.TextColumn(label),
-        bars.BarColumn(),
-        amount,
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
-    )
-    with bars.Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-def _quiet_transformers() -> None:
-    """Keep transformers' bars and remarks out of the output; --debug shows them."""
-    if os.environ.get(DEBUG, "0") in ("", "0"):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

@@ -44,7 +44,7 @@ def perplexity(
     tokenizer: Any | None,
     text: str | Sequence[int],
     *,
-    window: int = WINDOW,
+    window: int | None = None,
     max_windows: int | None = None,
     batch: int = 1,
     progress: Callable[[int, int, float], None] | None = None,
@@ -59,7 +59,8 @@ def perplexity(
         model: a transformers causal model, packed or dense.
         tokenizer: its tokenizer; None needs token ids.
         text: text, or token ids.
-        window: tokens to a window; the models were trained and reported at 2048.
+        window: tokens to a window; None for 2048, at which the models were trained and are reported, or what a shorter
+            context allows.
         max_windows: read no more than this many.
         batch: windows at a time.
         progress: called with (windows done, windows in all, perplexity so far).
@@ -67,14 +68,16 @@ def perplexity(
     Raises:
         ValueError: an argument is out of range, or the text has fewer than two tokens.
     """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if window is None:
+        window = min(WINDOW, longest or WINDOW)
     if window < 2 or batch < 1 or (max_windows is not None and max_windows < 1):
         raise ValueError(
             f"perplexity: window must be at least 2, batch and max_windows at least 1, "
             f"got window={window}, batch={batch}, max_windows={max_windows}"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and window > longest:
-        raise ValueError(f"perplexity: the model reads {longest} tokens at most, got window={window}; pass --window")
+        raise ValueError(f"perplexity: the model reads {longest} tokens at most, got window={window}")
     ids = _encode(tokenizer, text)
     if len(ids) < 2:
         raise ValueError(f"perplexity: the text has {len(ids)} tokens; at least 2 are needed")

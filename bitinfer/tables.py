@@ -1,12 +1,10 @@
 """What the commands print: one function per report, each returning rich renderables."""
 
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,21 +17,12 @@ if TYPE_CHECKING:
     from bitinfer.info import ModelInfo
     from bitinfer.verify import Verification
 
-PIPE_WIDTH = 120  # of tables that go to a file or a pipe
-
-
-def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr: plain text, and wide enough for the tables, where that is no terminal."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
-
 
 def size(nbytes: float) -> str:
     """Write a number of bytes in powers of ten, as papers do: ``1.34 GB``."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}" if nbytes < 100 * factor else f"{nbytes / factor:.1f} {unit}"
+            return f"{nbytes / factor:.{2 if nbytes < 100 * factor else 1}f} {unit}"
     return f"{nbytes:.0f} B"
 
 
@@ -62,12 +51,14 @@ def model(info: "ModelInfo") -> RenderableType:
         block = f" per {info.act_block} columns" if info.act_block else " per token"
         about.add_row("activations", "as they come" if info.act_bits is None else f"int{info.act_bits}, scaled{block}")
     layers = Table(title="packed layers" if info.packed else "layers that convert would pack", title_justify="left")
-    for name in ("layer", "count", "shape", "layout", "bytes", "bits/weight"):
+    for name in ("layer", "count", "shape", "bytes", "bits/weight", "layout")[: None if info.packed else -1]:
         layers.add_column(name, justify="left" if name in ("layer", "layout") else "right")
     for pattern, count, one, nbytes in info.groups():
         shape = f"{one.out_features} x {one.in_features}"
-        layout = _layout(one.planes, one.group_size, one.tensors, one.norm_eps) if info.packed else "(as converted)"
-        layers.add_row(escape(pattern), str(count), shape, layout, size(nbytes), f"{one.bits_per_weight:.4f}")
+        row = [escape(pattern), str(count), shape, size(nbytes), f"{one.bits_per_weight:.4f}"]
+        if info.packed:
+            row.append(_layout(one.planes, one.group_size, one.tensors, one.norm_eps))
+        layers.add_row(*row)
     parts: list[RenderableType] = [about, layers, _dense(info), storage(info), *_notes(info.notes)]
     if not info.packed:
         option = " --format latent" if info.format == "dense" else ""

@@ -159,7 +159,7 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
     Raises:
         FormatError: ``src`` is no checkpoint of that format.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     checkpoint = Checkpoint(src)
     if FORMATS["packed"].matches(checkpoint):
@@ -180,7 +180,8 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
     values = source_format.config(checkpoint)
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(**values)
-    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
     for name, module in modules.items():
         model.set_submodule(name, module.eval())
     return model.requires_grad_(False)
