@@ -1,5 +1,7 @@
 """load: open a packed folder as a transformers model with its tokenizer."""
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,25 @@ import torch
 from bitinfer.checkpoint import Checkpoint
 from bitinfer.errors import FormatError
 from bitinfer.formats import detect
-from bitinfer.formats.packed import quantization
+from bitinfer.formats.packed import QUANT_METHOD
 
 STORED = "config"
-TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "subfolder",
+    "trust_remote_code",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+# what transformers makes of these folders when it is called directly
+TRAPS = {
+    "fbi_llm": ", from which transformers alone builds a wrong model: it drops wscale and wbias",
+    "onebit": ", which transformers alone cannot build, or builds wrong without the scales and norms of its layers",
+}
 
 
 def load(
@@ -46,18 +63,20 @@ def load(
 
     from bitinfer.integrations.transformers import BitinferConfig
 
-    folder = Path(path)
+    folder = Path(path).expanduser()
     is_local = folder.is_dir()
     if is_local:
+        path = folder
         _check_folder(folder)
-    elif folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "~")):
-        raise FormatError(f"{path}: expected a model folder, but there is {'a file' if folder.exists() else 'none'}")
-    where: dict[str, Any] = {k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}
+    elif not HUB_NAME.fullmatch(str(path)) or folder.exists():
+        raise FormatError(f"{path}: expected a model folder, got {'a file' if folder.exists() else 'no such folder'}")
+    where: dict[str, Any] = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_local:
         where["local_files_only"] = True
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **where)
+    config = copy.deepcopy(kwargs.pop("config", None)) or transformers.AutoConfig.from_pretrained(path, **where)
     stored = getattr(config, "quantization_config", None)
-    if quantization({"quantization_config": stored}).get("quant_method") != "bitinfer":
+    stored = dict(stored) if stored is not None else {}
+    if stored.get("quant_method") != QUANT_METHOD:
         raise FormatError(
             f"{path}: not packed by bitinfer; download the model, pack it and load the result: "
             f"hf download {path} --local-dir SRC; bitinfer convert SRC DST"
@@ -71,30 +90,25 @@ def load(
     return model, _tokenizer(path, folder if is_local else None, where)
 
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "trust_remote_code")
-
-
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is not packed, and say what it is."""
     checkpoint = Checkpoint(folder)
-    name = detect(checkpoint).name
-    checkpoint.close()
-    if name == "packed":
-        return
-    trap = {
-        "fbi_llm": "; transformers alone would load the latent weights, drop wscale and wbias and build a wrong model",
-        "onebit": "; transformers alone has no such model, or builds a wrong one without input_factor and weight_scale",
-    }.get(name, "")
-    raise FormatError(
-        f"{folder}: an unconverted {name} checkpoint{trap}; run: bitinfer convert {folder} DST, and load DST"
-    )
+    advice = f"load() opens packed folders; run: bitinfer convert {folder} DST, and load DST"
+    try:
+        name = detect(checkpoint).name
+    except FormatError as error:
+        raise FormatError(f"{error}; {advice}") from None
+    finally:
+        checkpoint.close()
+    if name != "packed":
+        raise FormatError(f"{folder}: an unconverted {name} checkpoint{TRAPS.get(name, '')}; {advice}")
 
 
 def _tokenizer(path: str | Path, folder: Path | None, where: dict[str, Any]) -> Any:
     """Return the tokenizer, or None where there are no files for one."""
     import transformers
 
-    if folder is not None and not any((folder / mark).is_file() for mark in TOKENIZER_MARKS):
+    if folder is not None and not any((folder / mark).is_file() for mark in TOKENIZER_FILES):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(path, **where)

@@ -75,7 +75,7 @@ class BitinferConfig(QuantizationConfigMixin):
         if unknown:
             raise TypeError(f"BitinferConfig: unknown fields {sorted(unknown)}")
         # quant_method stays a plain string: transformers' enumeration has no member for it
-        self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+        self.quant_method: str = QUANT_METHOD
         self.layout_version = layout_version
         self.format = _optional("format", format, str)
         self.layout = _layout("layout", layout or {}).to_dict()

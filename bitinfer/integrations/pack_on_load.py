@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PackOnLoad(ConversionOps):
-    """Turns ``X.weight`` into ``X.weight`` (uint32) and ``X.weight_scale``, as ``bitinfer convert --format latent`` does.
+    """Turns ``X.weight`` into uint32 words and ``X.weight_scale``, as ``bitinfer convert --format latent`` does.
 
     transformers turns an exception in here into a line of a report and goes on, so the first error is kept with the
     quantizer, which raises it when loading is over; until then the layers get empty words.

@@ -5,6 +5,9 @@ transformers splits every parameter of a layer alike: by rows (dimension -2) und
 own; ``[1, K]`` has no rows and ``[N, 1]`` no columns to split, so each process keeps them whole.
 """
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from bitinfer.checks import BLOCK_SIZE
@@ -73,21 +76,44 @@ def check_split(model: nn.Module) -> None:
         if dims != wanted:
             wrong = next((p for p in dims if dims[p] != wanted.get(p)), "weight")
             raise ValueError(
-                f"{name}.{wrong} is split along dimension {dims[wrong]} where {module.layout} needs {wanted.get(wrong)}: "
-                "the tensor parallel plan does not fit packed layers; use transformers' own plan for this model, "
-                "or keep the layer whole"
+                f"{name}.{wrong} is split along dimension {dims[wrong]} where {module.layout} needs "
+                f"{wanted.get(wrong)}: the tensor parallel plan does not fit packed layers; use transformers' own plan "
+                "for this model, or keep the layer whole"
             )
-        size = module.weight.device_mesh.size(_tp_dim(module.weight))
+        size = _tp_size(module.weight)
         _check_possible(name, module, style or ROWS, size)
         if style == COLUMNS:
             module.in_features //= size
+
+
+def gather_words(model: nn.Module) -> dict[str, Any] | None:
+    """Return the state dict of a split model with its words whole, or None for a model that is not split.
+
+    Every process has to call it. The words travel as int32, since not every backend of torch.distributed sends uint32;
+    transformers gathers the rest.
+    """
+    split = {f"{n}.weight": m for n, m in packed_layers(model).items() if _split_dim(m.weight) is not None}
+    if not split:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    state = dict(model.state_dict())
+    for key, module in split.items():
+        words: Any = module.weight.detach()
+        part = words.to_local().view(torch.int32)
+        whole = DTensor.from_local(
+            part, words.device_mesh, words.placements, run_check=False, shape=words.shape, stride=words.stride()
+        )
+        state[key] = whole.full_tensor().view(torch.uint32)
+    return state
 
 
 def _check_possible(name: str, module: BinaryLinear, style: str, size: int) -> None:
     if module.layout.norm_eps is not None:
         raise ValueError(
             f"{name} normalises over all of its {module.out_features} outputs, so it cannot be split over {size} "
-            "processes; load models with such layers (OneBit) without tensor parallelism, or keep the layer out of the plan"
+            "processes; load models with such layers (OneBit) without tensor parallelism, or keep the layer out of the "
+            "plan"
         )
     if style == ROWS:
         return
@@ -102,18 +128,22 @@ def _check_possible(name: str, module: BinaryLinear, style: str, size: int) -> N
         unit, why = max(unit, BLOCK_SIZE), f"activation blocks of {BLOCK_SIZE} columns" if unit < BLOCK_SIZE else why
     if module.in_features % (size * unit):
         raise ValueError(
-            f"{name} has {module.in_features} inputs, which do not divide into {size} parts of whole {why}; use another "
-            "number of processes, or keep the layer out of the plan"
+            f"{name} has {module.in_features} inputs, which do not divide into {size} parts of whole {why}; use "
+            "another number of processes, or keep the layer out of the plan"
         )
 
 
-def _tp_dim(parameter: nn.Parameter) -> int:
+def _tp_size(parameter: Any) -> int:
+    return parameter.device_mesh.size(_tp_dim(parameter))
+
+
+def _tp_dim(parameter: Any) -> int:
     """Return the mesh dimension of tensor parallelism, which may stand beside others that gather before use."""
     names = parameter.device_mesh.mesh_dim_names or ()
     return names.index("tp") if "tp" in names else 0
 
 
-def _split_dim(parameter: nn.Parameter) -> int | None:
+def _split_dim(parameter: Any) -> int | None:
     """Return along which dimension, counted from the end, a parameter is split; None for not at all."""
     placements = getattr(parameter, "placements", None)
     if placements is None:

@@ -20,7 +20,7 @@ from bitinfer.errors import FormatError
 from bitinfer.formats.packed import QUANT_METHOD
 from bitinfer.integrations.config import BitinferConfig, spellings
 from bitinfer.integrations.loading import check_files, check_loaded, packed_layers
-from bitinfer.integrations.tensor_parallel import check_split, extend_plan
+from bitinfer.integrations.tensor_parallel import check_split, extend_plan, gather_words
 from bitinfer.nn import BinaryLinear
 from bitinfer.weight import FLOAT_DTYPES, WeightLayout
 
@@ -91,7 +91,7 @@ class BitinferQuantizer(HfQuantizer):
 
     def _place_stored_layers(self, model: nn.Module) -> None:
         """Put packed layers where the configuration says that the folder has them."""
-        config, prefix = self.quantization_config, model.base_model_prefix
+        config, prefix = self.quantization_config, str(getattr(model, "base_model_prefix", ""))
         listed = config.modules_to_not_convert
         dense = set(listed if listed is not None else self.get_modules_to_not_convert(model))
         tied = _tied_modules(model)
@@ -200,7 +200,11 @@ class BitinferQuantizer(HfQuantizer):
             )
         return model
 
-    # back to dense
+    # saving, and back to dense
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return what ``save_pretrained`` writes where it cannot collect that itself."""
+        return gather_words(model), {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Replace packed layers by dense ones that compute the same; a layer with a norm becomes a Sequential."""
