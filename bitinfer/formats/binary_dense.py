@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitinfer.checkpoint import Checkpoint
 from bitinfer.errors import FormatError
 from bitinfer.formats.base import Format, check_matrix, dense_linear, get_bias, get_tensor
-from bitinfer.formats.levels import Levels, row_binary, sample_weight
+from bitinfer.formats.levels import Levels, most_values, row_binary, sample_weight
 from bitinfer.formats.modules import linear_names
 from bitinfer.weight import BinaryWeight
 
@@ -46,9 +46,8 @@ class BinaryDense(Format):
         found = self._levels(weight, name)
         if found is None:
             raise FormatError(
-                f"{name} is not binary: row 0 takes {len(weight[0].unique())} values, and so do not two per row or "
-                f"per group of {' or '.join(str(g) for g in self._sizes() if g) or 'columns'}; leave it dense with "
-                f"skip=[{prefix!r}], or approximate it by sign and scale with format='latent'"
+                f"{name} {self._reason(weight)}; leave it dense with skip=[{prefix!r}], or approximate it by "
+                "sign and scale with format='latent'"
             )
         levels, group_size = found
         return (
@@ -66,6 +65,16 @@ class BinaryDense(Format):
     def reference_linear(self, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
         """Return the layer as it is stored."""
         return dense_linear(get_tensor(tensors, f"{prefix}.weight"), tensors.get(f"{prefix}.bias"))
+
+    def _reason(self, weight: Tensor) -> str:
+        row, values = most_values(weight)
+        if len(values) > 2:
+            sizes = ", ".join(str(size or "whole rows") for size in self._sizes())
+            return f"is not binary: row {row} takes {len(values)} values (columns were tried in groups of {sizes})"
+        return (
+            "takes two values a row, but in one row no scale and shift of float32 give both back to the last bit: "
+            "convert a copy in float16 or bfloat16"
+        )
 
     def _sizes(self) -> tuple[int, ...]:
         return (self.group_size,) if self.group_size else GROUP_SIZES

@@ -100,6 +100,8 @@ def svid(weight: Tensor, method: Method) -> tuple[Tensor, Tensor]:
     except ImportError:
         raise ImportError(f"method {method!r} needs scikit-learn: pip install scikit-learn") from None
     magnitudes = weight.float().abs().numpy()
+    if not magnitudes.any():
+        return torch.zeros(weight.shape[0]), torch.zeros(weight.shape[1])
     if method == "nmf":
         model = NMF(n_components=1, init="random", random_state=0)
         h, g = model.fit_transform(magnitudes)[:, 0], model.components_[0]
@@ -108,5 +110,5 @@ def svid(weight: Tensor, method: Method) -> tuple[Tensor, Tensor]:
         h, g = svd.fit_transform(magnitudes)[:, 0], svd.components_[0]
         # the first singular vectors of a non-negative matrix are non-negative (Perron-Frobenius) but for a common sign
         h, g = abs(h), abs(g)
-    balance = (h.mean() / g.mean()) ** 0.5 if h.any() and g.any() else 1.0
+    balance = (h.mean() / g.mean()) ** 0.5
     return torch.from_numpy(h / balance).float(), torch.from_numpy(g * balance).float()

@@ -50,6 +50,13 @@ def sample_weight(checkpoint: Checkpoint) -> str | None:
     return max(names, key=lambda name: checkpoint.shape(name)[0], default=None)
 
 
+def most_values(weight: Tensor) -> tuple[int, Tensor]:
+    """Return the row that takes the most values, and these values."""
+    counts = torch.cat([1 + (rows.sort(1).values.diff(dim=1) != 0).sum(1) for _, rows in row_chunks(weight)])
+    row = int(counts.argmax())
+    return row, weight[row].unique()
+
+
 def row_binary(weight: Tensor, group_size: int, zero_limit: float, name: str = "weight") -> Levels | None:
     """Return the levels of each row (``group_size`` 0) or group of columns, or None if there are more than two.
 

@@ -183,10 +183,10 @@ def write_binary_dense(
         def spread(values: Tensor) -> Tensor:
             return values.to(dtype).repeat_interleave(size, 1)[:, :columns]
 
-        high = 0.03 * (0.5 + torch.rand(rows, groups, generator=generator))
-        low = -high if symmetric else 0.02 * torch.randn(rows, groups, generator=generator) - 0.02
+        scale = 0.03 * (0.5 + torch.rand(rows, groups, generator=generator))
+        shift = 0.0 if symmetric else 0.02 * torch.randn(rows, groups, generator=generator)
         minus = torch.rand(rows, columns, generator=generator) < 0.5
-        return {f"{name}.weight": torch.where(minus, spread(low), spread(high))}
+        return {f"{name}.weight": torch.where(minus, spread(shift - scale), spread(shift + scale))}
 
     return _write(folder, config, _model(config, linear, generator, dtype), shards, kind, tokenizer)
 
