@@ -26,7 +26,7 @@ from bitinfer.formats.modules import Modules, kind_of, model_modules
 from bitinfer.formats.packed import LAYOUT_VERSION, QUANT_METHOD, quantization
 from bitinfer.output_folder import DISK_FULL, check_places, check_space, new_folder, no_space
 from bitinfer.packing import WORD_BITS, words_per_row
-from bitinfer.shard_writer import ShardWriter
+from bitinfer.shard_writer import ShardWriter, header_size
 from bitinfer.weight import FLOAT_DTYPES, BinaryWeight, WeightLayout
 
 DTYPES = {
@@ -261,7 +261,12 @@ class _Plan:
                 total += words if kind.is_floating_point else math.prod(shape)
             else:
                 total += math.prod(shape) * _cast_to(kind, dtype).itemsize
-        return total + sum(file.stat().st_size for file in self.source.aux_files())
+        return total + header_size(self.entries) + sum(file.stat().st_size for file in self.source.aux_files())
+
+    @property
+    def entries(self) -> int:
+        """Return about how many tensors will be written."""
+        return len(self.source) + 2 * len(self.layers)
 
 
 def _write_weights(
@@ -272,7 +277,7 @@ def _write_weights(
     total = sum(source.nbytes(name) for name in source)
     written: Counter[torch.dtype] = Counter()
     done = 0
-    with ShardWriter(folder, tensors=len(source) + 4 * len(plan.layers)) as writer:
+    with ShardWriter(folder, tensors=plan.entries) as writer:
         for name in source:  # in the order of the shards
             layer = plan.owner.get(name)
             if layer is None:

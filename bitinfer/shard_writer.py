@@ -24,6 +24,11 @@ INDEX = "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+def header_size(tensors: int) -> int:
+    """Return the bytes set aside for the header of a shard where ``tensors`` are to be written in all."""
+    return min(MAX_HEADER_BYTES, 4096 + ENTRY_BYTES * tensors)
+
+
 class ShardWriter:
     """Write ``model.safetensors``, or numbered shards and their index, into a folder.
 
@@ -43,7 +48,7 @@ class ShardWriter:
     def __init__(self, folder: Path, tensors: int = 1000, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
-        self.header_bytes = min(MAX_HEADER_BYTES, 4096 + ENTRY_BYTES * tensors)
+        self.header_bytes = header_size(tensors)
         self.total = 0
         self.weight_map: dict[str, str] = {}
         self._shards: list[list[str]] = []
