@@ -205,6 +205,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
     "bitinfer verify FBI-LLM_7B fbi-7b-packed",
     "bitinfer verify FBI-LLM_7B fbi-7b-packed --text wiki.test.raw --tokens 2048 --dtype bfloat16",
     "bitinfer verify FBI-LLM_7B fbi-7b-packed --act-bits 8",
+    "bitinfer verify smol-packed smol-packed",
 )
 def verify(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="The source that was converted.")],
@@ -221,7 +222,8 @@ def verify(
     """Compare a packed model with its original, logit by logit.
 
     The original is computed in float32 by its own formula, apart from the packed code. Conversions without loss pass or
-    fail (exit code 1); approximations are only reported.
+    fail (exit code 1); approximations are only reported. With the packed folder as SRC as well, what it stores is the
+    original: that checks the kernels.
     """
     import torch
 

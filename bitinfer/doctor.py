@@ -27,7 +27,6 @@ VARIABLES = {
     "TRITON_INTERPRET": "runs Triton kernels in its slow interpreter",
 }
 REBUILD = "pip install --no-build-isolation ."
-GET_COMPILER = f"install a C++ compiler (Debian: apt-get install g++), then run: {REBUILD}"
 SELF_TEST = (
     GemmProblem("fbi", 3, 37, 300, FBI),
     GemmProblem("onebit", 2, 65, 128, ONEBIT, bias=True),
@@ -93,7 +92,7 @@ def diagnose() -> Diagnosis:
 
     native, sets, active = _instruction_sets(report)
     libraries = {
-        "CPU kernels": _yes_or_no(BACKENDS["cpu"].unavailable()),
+        "CPU kernels": _yes_or_no(_cpu_reason(build)),
         "numpy bindings": native,
         "CUDA kernels": _yes_or_no(_cuda_reason(build)),
     }
@@ -185,6 +184,12 @@ def _instruction_sets(report: Callable[..., None]) -> tuple[str, list[dict[str, 
         return "yes", list(native.isas()), None
 
 
+def _cpu_reason(build: dict[str, Any]) -> str | None:
+    """Return why there are no CPU kernels, None if there are; the build knows better than the backend."""
+    unavailable = BACKENDS["cpu"].unavailable()
+    return unavailable and str(build.get("native_reason") or unavailable)
+
+
 def _cuda_reason(build: dict[str, Any]) -> str | None:
     """Return why there are no CUDA kernels, None if there are."""
     if "cuda" in BACKENDS:
@@ -193,7 +198,7 @@ def _cuda_reason(build: dict[str, Any]) -> str | None:
 
 
 def _report_build(build: dict[str, Any], cpu: bool, cuda: bool, report: Callable[..., None]) -> None:
-    reason = build.get("native_reason")
+    reason: str | None = build.get("native_reason")
     if not cpu and build.get("native"):
         report(
             f"the CPU kernels were built but do not load: {BACKENDS['cpu'].unavailable()}",
@@ -201,15 +206,22 @@ def _report_build(build: dict[str, Any], cpu: bool, cuda: bool, report: Callable
             serious=True,
         )
     elif not cpu:
-        disabled = "BITINFER_NO_NATIVE" in str(reason)
-        report(
-            f"no CPU kernels: {reason or BACKENDS['cpu'].unavailable()}; the pure torch reference runs instead, slowly",
-            f"run again without it: BITINFER_NO_NATIVE=0 {REBUILD}" if disabled else GET_COMPILER,
-        )
+        if reason is None:  # no record: run from a source tree that was never built
+            next_step = f"build them: {REBUILD}"
+        elif "BITINFER_NO_NATIVE" in reason:
+            next_step = f"build without that variable: BITINFER_NO_NATIVE=0 {REBUILD}"
+        elif "compiler" in reason:
+            next_step = f"install a C++ compiler (Debian: apt-get install g++), then run: {REBUILD}"
+        else:
+            next_step = f"mend that, then run: {REBUILD}"
+        report(f"no CPU kernels: {reason or 'not built'}; the pure torch reference runs instead, slowly", next_step)
     if not cuda and torch.cuda.is_available():
+        missing = str(_cuda_reason(build))
         report(
-            f"torch sees a GPU but there are no CUDA kernels: {_cuda_reason(build)}",
-            f"with nvcc on the PATH run: BITINFER_CUDA=1 {REBUILD}",
+            f"torch sees a GPU but there are no CUDA kernels: {missing}",
+            "keep models on the CPU for speed; on the GPU they run on the slow reference"
+            if "this version" in missing
+            else f"with nvcc on the PATH run: BITINFER_CUDA=1 {REBUILD}",
         )
     built_for = build.get("version")
     from bitinfer import __version__

@@ -89,11 +89,12 @@ def verify(
 ) -> Verification:
     """Run the original and the packed model over the same tokens and compare their logits.
 
-    A lossless conversion passes when its relative error is at most 1e-4, or, where scales are stored or computed in
-    half precision, at most twice the error that the dense model itself makes in that precision on the same tokens.
+    A lossless conversion passes when its relative error is at most 1e-4, or, where it rounded to half precision or
+    computes in it, at most twice the error that the dense model itself makes in that precision on the same tokens.
 
     Args:
-        src: the source folder that was converted.
+        src: the source folder that was converted. A packed folder stands for its weights as they are, dequantised:
+            ``verify(dst, dst)`` checks that the kernels compute what is stored, whatever was lost in conversion.
         dst: the packed folder.
         text: text or token ids to compare on; None takes a built-in paragraph (without a tokenizer: random ids).
         tokens: compare at most this many positions.
@@ -109,9 +110,13 @@ def verify(
         raise ValueError(f"verify: tokens must be at least 2, got {tokens}")
     stage = on_stage or (lambda text: None)
     quantization = packed_quantization(dst)
-    source_format = _format(quantization)
-    lossless = not source_format.approximates
     notes: list[str] = []
+    if FORMATS["packed"].matches(Checkpoint(src)):
+        source_format = FORMATS["packed"]
+        notes.append("SRC is packed itself: its weights, dequantised, are the original here")
+    else:
+        source_format = _format(quantization)
+    lossless = not source_format.approximates
     if not lossless:
         notes.append("this conversion approximates a dense model: the numbers say how closely, and none is required")
     bits = quantization.get("act_bits") if act_bits == "config" else act_bits
@@ -131,7 +136,7 @@ def verify(
         for rows, logits in _logits(reference, ids):
             stored[rows] = logits.float().numpy()
         wanted = torch.from_numpy(stored)
-        half = _coarsest(quantization, dst, dtype)
+        half = _coarsest(src, dst, dtype)
         tolerance: float | None = None
         if lossless and bits is None:
             tolerance = FP32_TOLERANCE
@@ -162,8 +167,6 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     checkpoint = Checkpoint(src)
-    if FORMATS["packed"].matches(checkpoint):
-        raise FormatError(f"{src}: this folder is packed already; pass the source first, then the packed folder")
     names = [] if source_format.approximates else source_format.layer_names(checkpoint)
     if not names and not source_format.approximates:
         raise FormatError(f"{src}: holds no layer of format {source_format.name}; is it the folder that was converted?")
@@ -296,11 +299,11 @@ def _compare(wanted: Tensor, got: Iterator[tuple[slice, Tensor]], ids: Sequence[
     }
 
 
-def _coarsest(quantization: Mapping[str, Any], dst: str | Path, dtype: torch.dtype) -> torch.dtype:
-    """Return the least precise of the dtype to compute in and those in which the packed folder stores its values."""
-    checkpoint = Checkpoint(dst)
-    stored = {checkpoint.dtype(name) for name in checkpoint}
-    return next((d for d in (torch.bfloat16, torch.float16) if d in stored | {dtype}), torch.float32)
+def _coarsest(src: str | Path, dst: str | Path, dtype: torch.dtype) -> torch.dtype:
+    """Return the least precise of the dtype to compute in and those to which the conversion rounded."""
+    before, after = ({folder.dtype(name) for name in folder} for folder in (Checkpoint(src), Checkpoint(dst)))
+    rounded = after - before | {dtype}
+    return next((d for d in (torch.bfloat16, torch.float16) if d in rounded), torch.float32)
 
 
 def _name(dtype: torch.dtype) -> str:
