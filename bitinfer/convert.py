@@ -205,7 +205,7 @@ class _Plan:
         config = reader.config(source)
         if not layers:
             raise FormatError(f"{source.path}: no {reader.name} layer to pack was found, skip={list(skip)} left aside")
-        for name in set(found) - set(layers):
+        for name in (n for n in found if _is_skipped(n, skip)):
             extra = [t for t in reader.consumed(name) if t in source and not t.endswith((".weight", ".bias"))]
             if extra:
                 raise ValueError(

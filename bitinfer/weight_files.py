@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,11 +105,16 @@ class _TorchSave:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(ZIP_MAGIC))
         except pickle.UnpicklingError as error:
-            reason = str(error).partition("WeightsUnpickler error: ")[2].strip().splitlines()[:1]
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            if foreign is None:
+                raise FormatError(
+                    f"{path}: damaged, or no file that torch.save wrote with tensors alone; download it again, or get "
+                    "the weights as safetensors"
+                ) from None
             raise FormatError(
-                f"{path}: holds Python objects that are not tensors, or is damaged"
-                f"{f' ({reason[0]})' if reason else ''}; it is not loaded, since unpickling them could run any code: "
-                "get the weights as safetensors, or load this file where you trust it and save its tensors alone"
+                f"{path}: holds Python objects that are not tensors ({foreign[1]}), or is damaged; it is not loaded, "
+                "since unpickling could run any code: get the weights as safetensors, or load this file where you trust it and "
+                "save its tensors alone"
             ) from None
         except (OSError, MemoryError):
             raise
