@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitinfer import ops
+from bitinfer.convert import convert
 from bitinfer.dispatch import use_backend
 from bitinfer.errors import BackendError, BitinferError, FormatError
 from bitinfer.integrations import install as _install
+from bitinfer.load import load
 from bitinfer.nn import BinaryLinear, ReplaceReport, replace_linear
 from bitinfer.weight import BinaryWeight, WeightLayout
 
 if TYPE_CHECKING:
-    from bitinfer.convert import convert
     from bitinfer.integrations.transformers import BitinferConfig
-    from bitinfer.load import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,17 +38,9 @@ __all__ = [
 
 _install()
 
-# read on first use: they import transformers or safetensors, which `import bitinfer` should not wait for
-_LAZY = {
-    "BitinferConfig": "bitinfer.integrations.transformers",
-    "convert": "bitinfer.convert",
-    "load": "bitinfer.load",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name != "BitinferConfig":
         raise AttributeError(f"module 'bitinfer' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value  # importing bitinfer.load has bound the submodule to this name; the function wins
-    return value
+    # on first use: it imports transformers, which `import bitinfer` should not wait for
+    return import_module("bitinfer.integrations.transformers").BitinferConfig
