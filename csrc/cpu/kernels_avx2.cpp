@@ -103,17 +103,25 @@ struct Avx2Activations : Conversions {
   }
 };
 
-// Reads the words [0, 4) of a row into 16 bytes; those at `available` and beyond are 0 and not touched in memory.
-__m128i four_words(const uint32_t* row, int64_t available) {
-  if (available >= 4) return load128(row);
-  alignas(16) uint32_t padded[4] = {};
-  for (int64_t i = 0; i < available; ++i) padded[i] = row[i];
-  return load128(padded);
+// Pointers to `Count` consecutive rows from row r on; rows past the last one are the last one again, so that kernels
+// always work on whole blocks.
+template <int Count>
+void row_pointers(const uint32_t* first, int64_t stride, int64_t r, int64_t rows, const uint32_t** out) {
+  for (int i = 0; i < Count; ++i) out[i] = first + (r + i < rows ? r + i : rows - 1) * stride;
 }
 
-// Asks for the cache line of each row that the next chunk will read.
-void prefetch_rows(const uint32_t* words, int64_t stride, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(words + r * stride + 16), _MM_HINT_T0);
+// Reads the words [w, w + 4) of two rows into the lanes of a register. Words at `available` and beyond count as 0 and
+// are not touched in memory.
+__m256i four_words(const uint32_t* lower, const uint32_t* upper, int64_t w, int64_t available) {
+  if (w + 4 <= available) [[likely]] {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(lower + w)), load128(upper + w), 1);
+  }
+  alignas(32) uint32_t padded[8] = {};
+  for (int64_t i = 0; i < available - w; ++i) {
+    padded[i] = lower[w + i];
+    padded[i + 4] = upper[w + i];
+  }
+  return load256(padded);
 }
 
 // Three columns to a table of their eight signed sums: bits 3*i ... 3*i+2 of a word index table i, and vpermps looks at
@@ -141,16 +149,14 @@ struct Avx2Signs : Conversions {
     alignas(32) uint32_t words[kWords][kRows];
 
     void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
-      prefetch_rows(first, stride, rows);
-      for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 8) {  // the last row again and again up to a whole block
+      for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 8) {
+        const uint32_t* row[8];
+        row_pointers<8>(first, stride, r, rows, row);
+        for (int i = 0; i < 8; ++i) _mm_prefetch(reinterpret_cast<const char*>(row[i] + 16), _MM_HINT_T0);
         for (int64_t w = 0; w < count; w += 4) {
           // each lane is a 4 x 4 transpose: rows r ... r+3 in the lower, r+4 ... r+7 in the upper
           __m256i in[4], mid[4];
-          for (int i = 0; i < 4; ++i) {
-            const int64_t low = r + i < rows ? r + i : rows - 1, high = r + i + 4 < rows ? r + i + 4 : rows - 1;
-            in[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(first + low * stride + w, available - w)),
-                                            four_words(first + high * stride + w, available - w), 1);
-          }
+          for (int i = 0; i < 4; ++i) in[i] = four_words(row[i], row[i + 4], w, available);
           for (int i = 0; i < 2; ++i) {
             mid[2 * i] = _mm256_unpacklo_epi32(in[i], in[i + 2]);
             mid[2 * i + 1] = _mm256_unpackhi_epi32(in[i], in[i + 2]);
@@ -284,37 +290,41 @@ struct Avx2Counts : Conversions {
     alignas(32) uint8_t nibbles[kWords * 8][kRows];
 
     void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
-      prefetch_rows(first, stride, rows);
       const __m256i low = _mm256_set1_epi8(15);
-      for (int64_t r = 0; r < (rows + 63) / 64 * 64; r += 32) {  // the last row again and again up to a whole block
+      for (int64_t r = 0; r < (rows + 63) / 64 * 64; r += 32) {
+        const uint32_t* row[32];
+        row_pointers<32>(first, stride, r, rows, row);
+        for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(row[i] + 16), _MM_HINT_T0);
         for (int64_t w = 0; w < count; w += 4) {
           // each lane is a 16 x 16 transpose of bytes: rows r ... r+15 in the lower, r+16 ... r+31 in the upper
-          __m256i a[16], b[16];
-          for (int i = 0; i < 16; ++i) {
-            const int64_t lower = r + i < rows ? r + i : rows - 1, upper = r + i + 16 < rows ? r + i + 16 : rows - 1;
-            a[i] =
-                _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(first + lower * stride + w, available - w)),
-                                        four_words(first + upper * stride + w, available - w), 1);
+          __m256i half[16], bytes[4];
+          for (int i = 0; i < 4; ++i) {
+            __m256i in[4];
+            for (int j = 0; j < 4; ++j) in[j] = four_words(row[i + 4 * j], row[i + 4 * j + 16], w, available);
+            interleave(in, half + 4 * i);
           }
-          interleave(a, b);
-          interleave(b, a);
-          interleave(a, b);
-          interleave(b, a);
-          for (int i = 0; i < 16; ++i) {
-            auto* out = reinterpret_cast<__m256i*>(&nibbles[8 * w + 2 * i][r]);
-            _mm256_store_si256(out, _mm256_and_si256(a[i], low));
-            _mm256_store_si256(out + kRows / 32, _mm256_and_si256(_mm256_srli_epi16(a[i], 4), low));
+          for (int i = 0; i < 4; ++i) {
+            const __m256i in[4] = {half[i], half[i + 4], half[i + 8], half[i + 12]};
+            interleave(in, bytes);
+            for (int j = 0; j < 4; ++j) {
+              auto* out = reinterpret_cast<__m256i*>(&nibbles[8 * w + 8 * i + 2 * j][r]);
+              _mm256_store_si256(out, _mm256_and_si256(bytes[j], low));
+              _mm256_store_si256(out + kRows / 32, _mm256_and_si256(_mm256_srli_epi16(bytes[j], 4), low));
+            }
           }
         }
       }
     }
 
-    // Four such steps transpose: each turns the address (row, byte), eight bits, by one bit.
+    // Merges the bytes of four registers: out holds byte 0 of in[0], in[1], in[2], in[3], byte 1 of each, and so on.
+    // Done to rows i, i+4, i+8, i+12 and then to four of the results, this transposes with few registers in use.
     static void interleave(const __m256i* in, __m256i* out) {
-      for (int i = 0; i < 8; ++i) {
-        out[2 * i] = _mm256_unpacklo_epi8(in[i], in[i + 8]);
-        out[2 * i + 1] = _mm256_unpackhi_epi8(in[i], in[i + 8]);
-      }
+      const __m256i low02 = _mm256_unpacklo_epi8(in[0], in[2]), high02 = _mm256_unpackhi_epi8(in[0], in[2]);
+      const __m256i low13 = _mm256_unpacklo_epi8(in[1], in[3]), high13 = _mm256_unpackhi_epi8(in[1], in[3]);
+      out[0] = _mm256_unpacklo_epi8(low02, low13);
+      out[1] = _mm256_unpackhi_epi8(low02, low13);
+      out[2] = _mm256_unpacklo_epi8(high02, high13);
+      out[3] = _mm256_unpackhi_epi8(high02, high13);
     }
   };
 

@@ -145,12 +145,15 @@ struct ScalarCounts : Conversions, RowTile {
       for (int64_t r = 0; r < rows; ++r) {
         const uint32_t* row = tile.first + r * tile.stride;
         const auto* table = reinterpret_cast<const int16_t*>(tables + t * token_stride);
-        int32_t count = 0;
+        int32_t even = 0, odd = 0;  // two chains of additions run side by side
         for (int64_t w = 0; w < words; ++w, table += 8 * 16) {
           const uint32_t word = row[w];
-          for (int i = 0; i < 8; ++i) count += table[16 * i + (word >> (4 * i) & 15)];
+          even += (table[word & 15] + table[32 + (word >> 8 & 15)]) +
+                  (table[64 + (word >> 16 & 15)] + table[96 + (word >> 24 & 15)]);
+          odd += (table[16 + (word >> 4 & 15)] + table[48 + (word >> 12 & 15)]) +
+                 (table[80 + (word >> 20 & 15)] + table[112 + (word >> 28)]);
         }
-        counts[t * kRows + r] += count;
+        counts[t * kRows + r] += even + odd;
       }
     }
   }

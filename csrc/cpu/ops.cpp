@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -52,6 +53,18 @@ Sizes shape_like(const Tensor& tensor, size_t dropped, std::initializer_list<int
   sizes.resize(sizes.size() - dropped);
   sizes.insert(sizes.end(), last);
   return sizes;
+}
+
+// A new contiguous CPU tensor, by the C function: torch::stable::new_empty looks the operator up by its name each time.
+Tensor empty(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& expected) {
@@ -150,7 +163,7 @@ bitinfer::cpu::Weight checked_weight(const char* op, Tensor& weight, int64_t k, 
 
 Tensor pack_signs(Tensor weight) {
   const Rows x("pack_signs", "weight", weight);
-  Tensor words = torch::stable::new_empty(weight, shape_like(weight, 1, {words_per_row(x.k)}), ScalarType::UInt32);
+  Tensor words = empty(shape_like(weight, 1, {words_per_row(x.k)}), ScalarType::UInt32);
   bitinfer::cpu::pack_signs(bitinfer::cpu::active_kernels(),
                             {x.data, x.k, x.stride, static_cast<uint32_t*>(words.mutable_data_ptr())}, x.m,
                             parallel_for);
@@ -166,7 +179,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTe
   STD_TORCH_CHECK(rows.k <= kMaxIntegerColumns, op, ": x has ", rows.k, " columns, but sums in int32 hold at most ",
                   kMaxIntegerColumns);
   const int64_t segments = group_count(rows.k, segment_size(block_size, group_size));
-  const auto empty = [&x](const Sizes& sizes, ScalarType dtype) { return torch::stable::new_empty(x, sizes, dtype); };
   Tensor planes = empty(shape_like(x, 1, {bits, words_per_row(rows.k)}), ScalarType::UInt32);
   Tensor scale = empty(shape_like(x, 1, {group_count(rows.k, block_size)}), ScalarType::Float);
   Tensor sum = empty(shape_like(x, 1, {segments}), ScalarType::Int);
@@ -198,7 +210,7 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
   problem.in_shift = columns(op, "in_shift", in_shift, in_features);
   problem.weight = checked_weight(op, weight, in_features, weight_scale, group_shift, bias, group_size);
   const int64_t n = problem.weight.n;
-  Tensor y = torch::stable::new_empty(x, shape_like(x, 1, {n}));
+  Tensor y = empty(shape_like(x, 1, {n}), x.scalar_type());
   problem.y = {y.mutable_data_ptr(), rows.data.dtype, n};
   bitinfer::cpu::sign_gemm(bitinfer::cpu::active_kernels(), problem, norm_eps, parallel_for);
   return y;
@@ -239,7 +251,7 @@ Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTe
     problem.act_shift = static_cast<const float*>(act_shift->const_data_ptr());
   }
   const int64_t n = problem.weight.n;
-  Tensor y = torch::stable::new_empty(planes, shape_like(planes, 2, {n}), dtype);
+  Tensor y = empty(shape_like(planes, 2, {n}), dtype);
   problem.y = {y.mutable_data_ptr(), out, n};
   bitinfer::cpu::popcount_gemm(bitinfer::cpu::active_kernels(), problem, norm_eps, parallel_for);
   return y;
