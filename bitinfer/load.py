@@ -112,7 +112,9 @@ def _tokenizer(path: str | Path, folder: Path | None, where: dict[str, Any]) -> 
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(path, **where)
-    except (OSError, ValueError):
+    except Exception as error:  # the libraries under it raise all kinds
         if folder is not None:
-            raise  # the files are there, and damaged
-        return None
+            raise FormatError(f"{folder}: the tokenizer does not load ({error}); copy its files again") from error
+        if isinstance(error, (OSError, ValueError)):
+            return None
+        raise

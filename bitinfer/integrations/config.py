@@ -141,6 +141,9 @@ def _layout(name: str, values: WeightLayout | Mapping[str, Any]) -> WeightLayout
     if isinstance(values, WeightLayout):
         return values
     _check(name, values, Mapping)
+    for field in ("planes", "group_size"):
+        if field in values:
+            _check(f"{name}[{field!r}]", values[field], int)
     try:
         return WeightLayout.from_dict(values)
     except (TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from bitinfer.errors import FormatError
 from bitinfer.formats.base import check_finite
 from bitinfer.integrations.config import spellings
 from bitinfer.nn import BinaryLinear
+from bitinfer.packing import WORD_BITS
 from bitinfer.weight import TENSOR_NAMES
 
 PARTS = frozenset(TENSOR_NAMES.values())
@@ -82,7 +83,8 @@ def check_loaded(model: nn.Module) -> None:
     """Check every parameter of every packed layer after loading.
 
     Raises:
-        FormatError: a tensor came from no file, has a wrong shape or dtype, or holds NaN or infinity.
+        FormatError: a tensor came from no file, has a wrong shape or dtype, holds NaN or infinity, or words have bits
+            set past the last column.
     """
     for name, module in packed_layers(model).items():
         shapes: Mapping[str, Any] = {
@@ -104,8 +106,17 @@ def check_loaded(model: nn.Module) -> None:
                     f"{key} is {parameter.dtype} {tuple(parameter.shape)}, but {module.in_features} inputs, "
                     f"{module.out_features} outputs and {module.layout} need {wanted or 'floats'} {shapes[part]}"
                 )
-            if parameter.is_floating_point():
+            if part == "weight":
+                _check_padding(key, parameter.detach(), module.in_features)
+            else:
                 check_finite(local(parameter.detach()), f"{key}, loaded as {parameter.dtype},")
+
+
+def _check_padding(key: str, words: Tensor, in_features: int) -> None:
+    """Raise FormatError if bits past the last column are set; a weight that is split by columns has none to look at."""
+    tail = in_features % WORD_BITS
+    if tail and not hasattr(words, "placements") and (words[..., -1].view(torch.int32) >> tail).any():
+        raise FormatError(f"{key} has bits set past column {in_features}: the words are damaged")
 
 
 def local(tensor: Tensor) -> Tensor:
