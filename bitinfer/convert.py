@@ -173,11 +173,11 @@ def convert(
     report = ConversionReport(dst, reader.name)
     with new_folder(dst, overwrite) as folder:
         try:
-            written = _write_weights(plan, folder, target, report, progress)
+            written, hashes = _write_weights(plan, folder, target, report, progress)
             _finish_report(plan, report)
             for file in source.aux_files():
                 shutil.copyfile(file, folder / file.name)
-            config = _config(plan, report, written, act_bits, act_block)
+            config = _config(plan, report, written, hashes, act_bits, act_block)
             # last: without it nothing takes the folder for a model
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -271,14 +271,18 @@ class _Plan:
 
 def _write_weights(
     plan: _Plan, folder: Path, dtype: torch.dtype | None, report: ConversionReport, progress: Progress | None
-) -> Counter[torch.dtype]:
-    """Write every tensor; return the bytes of floating point values written, by dtype."""
+) -> tuple[Counter[torch.dtype], dict[str, str]]:
+    """Write every tensor; return the bytes of dense floating point values written, by dtype, and the shards' hashes."""
     source = plan.source
     total = sum(source.nbytes(name) for name in source)
     written: Counter[torch.dtype] = Counter()
+    hashes: dict[str, str] = {}
     done = 0
     with ShardWriter(folder, tensors=plan.entries) as writer:
         for name in source:  # in the order of the shards
+            shard = source.shard_of(name)
+            if shard.name not in hashes:  # a pass in order, after which the tensors come from the page cache
+                hashes[shard.name] = _sha256(shard)
             layer = plan.owner.get(name)
             if layer is None:
                 kept = source.tensor(name)
@@ -305,7 +309,7 @@ def _write_weights(
         source.close()
         writer.finish()
     report.bytes_before, report.bytes_after = total, writer.total
-    return written
+    return written, hashes
 
 
 def _layer_report(name: str, weight: BinaryWeight, zeros: int) -> LayerReport:
@@ -390,7 +394,12 @@ def _finish_report(plan: _Plan, report: ConversionReport) -> None:
 
 
 def _config(
-    plan: _Plan, report: ConversionReport, written: Counter[torch.dtype], act_bits: int | None, act_block: int
+    plan: _Plan,
+    report: ConversionReport,
+    written: Counter[torch.dtype],
+    hashes: dict[str, str],
+    act_bits: int | None,
+    act_block: int,
 ) -> dict[str, Any]:
     """Return ``config.json`` of the packed folder."""
     config = {k: v for k, v in plan.config.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
@@ -406,7 +415,7 @@ def _config(
         "act_bits": act_bits,
         "act_block": act_block,
         "zeros": {layer.name: layer.zeros for layer in report.layers if layer.zeros},
-        "source": {shard.name: _sha256(shard) for shard in plan.source.shards},
+        "source": hashes,
     }
     return config
 

@@ -113,8 +113,8 @@ class _TorchSave:
                 ) from None
             raise FormatError(
                 f"{path}: holds Python objects that are not tensors ({foreign[1]}), or is damaged; it is not loaded, "
-                "since unpickling could run any code: get the weights as safetensors, or load this file where you trust it and "
-                "save its tensors alone"
+                "since unpickling could run any code: get the weights as safetensors, or load it where you trust it "
+                "and save its tensors alone"
             ) from None
         except (OSError, MemoryError):
             raise

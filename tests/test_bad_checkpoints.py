@@ -250,6 +250,14 @@ def test_values_that_are_no_numbers(tmp_path, part, value):
     refuse(tmp_path, rf"{Q}\.{part} holds \d+ values that are NaN or infinite")
 
 
+def test_dense_weights_that_are_no_numbers(tmp_path):
+    tensors = write_binary_dense(tmp_path / "src")
+    tensors["model.layers.0.mlp.gate_proj.weight"][100, 3] = float("nan")
+    write_weights(tmp_path / "src", tensors)
+    for name in ("auto", "binary_dense", "latent"):
+        refuse(tmp_path, r"model\.layers\.0\.mlp\.gate_proj\.weight holds 1 values that are NaN", format=name)
+
+
 def test_nan_in_what_stays_dense(tmp_path):
     fbi(tmp_path, lambda t: t["model.embed_tokens.weight"][3, 3].fill_(float("nan")))
     refuse(tmp_path, r"model\.embed_tokens\.weight holds NaN")

@@ -46,7 +46,10 @@ class FbiLlm(Format):
             return False
         weight = checkpoint.tensor(name)
         # a weight that is binary by rows as well needs no scale per column
-        return column_binary(weight, self.zero_limit) is not None and row_binary(weight, 0, self.zero_limit) is None
+        return (
+            column_binary(weight, self.zero_limit, name) is not None
+            and row_binary(weight, 0, self.zero_limit, name) is None
+        )
 
     def layer_names(self, checkpoint: Checkpoint) -> list[str]:
         stems = dict.fromkeys(
@@ -113,7 +116,7 @@ def _scales(tensors: Mapping[str, Tensor], prefix: str, rows: int, columns: int)
 
 
 def _read_materialised(weight: Tensor, bias: Tensor | None, prefix: str, zero_limit: float) -> tuple[BinaryWeight, int]:
-    found = column_binary(weight, zero_limit)
+    found = column_binary(weight, zero_limit, f"{prefix}.weight")
     if found is None:
         raise FormatError(
             f"{prefix}.weight has no wscale and wbias beside it, and its columns do not take two values each "

@@ -57,7 +57,7 @@ def most_values(weight: Tensor) -> tuple[int, Tensor]:
     return row, weight[row].unique()
 
 
-def row_binary(weight: Tensor, group_size: int, zero_limit: float, name: str = "weight") -> Levels | None:
+def row_binary(weight: Tensor, group_size: int, zero_limit: float, name: str) -> Levels | None:
     """Return the levels of each row (``group_size`` 0) or group of columns, or None if there are more than two.
 
     Levels ``+s`` and ``-s`` are preferred, for they need no shift.
@@ -65,7 +65,7 @@ def row_binary(weight: Tensor, group_size: int, zero_limit: float, name: str = "
     return _symmetric(weight, group_size, zero_limit, name) or _asymmetric(weight, group_size, zero_limit, name)
 
 
-def column_binary(weight: Tensor, zero_limit: float, name: str = "weight") -> Levels | None:
+def column_binary(weight: Tensor, zero_limit: float, name: str) -> Levels | None:
     """Return the two levels of each column, or None if a column takes more. One level has scale 0."""
     low = high = weight[0]
     for _, rows in row_chunks(weight):
@@ -154,29 +154,22 @@ def _spread(levels: Tensor, group_size: int, columns: int) -> Tensor:
 def _solve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return scale and shift with ``shift - scale -> low`` and ``shift + scale -> high`` exactly, or None.
 
-    In the dtype of the levels where that is exact, else in float32. Levels that were themselves rounded from a sum in
-    float32 need scale and shift from the neighbourhood of the real solution: a few units in the last place are tried.
+    In the dtype of the levels where that is possible, else in float32. Levels that were themselves rounded from a sum
+    hide the scale and shift that they came from by about half a unit in their last place: that neighbourhood is
+    searched, nearest first, in eighths of a unit.
     """
-    scale, shift = ((high.double() - low.double()) / 2, (high.double() + low.double()) / 2)
-
-    def exact(a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.float(), b.float()
-        return ((b - a).to(low.dtype) == low) & ((b + a).to(low.dtype) == high)
-
-    if exact(scale.to(low.dtype), shift.to(low.dtype)).all():
-        return scale.to(low.dtype), shift.to(low.dtype)
-    best_scale, best_shift = scale.float(), shift.float()
-    solved = exact(best_scale, best_shift)
-    for i, j in product(range(-2, 3), repeat=2):
-        if solved.all():
-            break
-        a, b = _step(scale.float(), i), _step(shift.float(), j)
-        new = exact(a, b) & ~solved
-        best_scale, best_shift = torch.where(new, a, best_scale), torch.where(new, b, best_shift)
-        solved |= new
-    return (best_scale, best_shift) if solved.all() else None
-
-
-def _step(values: Tensor, steps: int) -> Tensor:
-    """Move float32 values by a number of units in the last place, away from zero if positive."""
-    return (values.view(torch.int32) + steps).view(torch.float32)
+    scale, shift = (high.double() - low.double()) / 2, (high.double() + low.double()) / 2
+    unit = torch.maximum(low.double().abs(), high.double().abs()) * torch.finfo(low.dtype).eps / 8
+    steps = sorted(product(range(-4, 5), repeat=2), key=lambda pair: abs(pair[0]) + abs(pair[1]))
+    for dtype in dict.fromkeys((low.dtype, torch.float32)):
+        found_scale, found_shift = scale.to(dtype), shift.to(dtype)
+        solved = torch.zeros_like(low, dtype=torch.bool)
+        for i, j in steps:
+            a, b = (scale + i * unit).to(dtype), (shift + j * unit).to(dtype)
+            minus, plus = b.float() - a.float(), b.float() + a.float()
+            new = (minus.to(low.dtype) == low) & (plus.to(low.dtype) == high) & ~solved
+            found_scale, found_shift = torch.where(new, a, found_scale), torch.where(new, b, found_shift)
+            solved |= new
+            if solved.all():
+                return found_scale, found_shift
+    return None

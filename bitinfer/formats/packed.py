@@ -76,7 +76,7 @@ class Packed(Format):
         extra = [t for t in OPTIONAL_TENSORS if t not in layout.tensors and f"{prefix}.{t}" in tensors]
         if extra:
             raise FormatError(f"{prefix}.{extra[0]} is stored, but the layout in config.json does not have it")
-        columns = self._in_features(tensors, prefix, words)
+        columns = self.in_features(tensors, prefix)
         try:
             weight = BinaryWeight.from_tensors(parts, columns, layout)
         except (ValueError, TypeError) as error:
@@ -97,15 +97,19 @@ class Packed(Format):
         return nn.Sequential(dense_linear(weight.to_dense(), None), norm)
 
     @staticmethod
-    def _in_features(checkpoint: Checkpoint, prefix: str, words: Tensor) -> int:
-        """Return K, which the words alone give only up to the next multiple of 32."""
+    def in_features(checkpoint: Checkpoint, prefix: str) -> int:
+        """Return K of a layer.
+
+        The words give it only up to the next multiple of 32, so a scale per column tells it, or else the model that
+        ``config.json`` describes.
+        """
         for part in ("in_scale", "in_shift"):
             if f"{prefix}.{part}" in checkpoint:
                 return checkpoint.shape(f"{prefix}.{part}")[-1]
         modules = model_modules(checkpoint.config)
         if modules is not None and prefix in modules.linears:
             return modules.linears[prefix][1]
-        return words.shape[-1] * WORD_BITS
+        return checkpoint.shape(f"{prefix}.weight")[-1] * WORD_BITS
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -130,6 +130,8 @@ def test_materialised_weights_come_back_bit_for_bit(tmp_path, dtype):
     for name in linears(source):
         weight = source[f"{name}.weight"]
         signs = signs_of(packed[f"{name}.weight"], weight.shape[1]).float()
+        # scales of the same dtype: loaded in it, the model still has the source's weights
+        assert packed[f"{name}.in_scale"].dtype == packed[f"{name}.in_shift"].dtype == dtype
         alpha, beta = packed[f"{name}.in_scale"].float(), packed[f"{name}.in_shift"].float()
         assert torch.equal((alpha * signs + beta).to(dtype), weight)
     assert torch.equal(packed["lm_head.weight"], source["lm_head.weight"])
@@ -192,6 +194,7 @@ def test_any_materialised_weight_comes_back(rows, columns, dtype, ratio, seed):
     beta = (0.02 * ratio * torch.randn(columns, generator=generator)).to(dtype)
     weight = alpha * sign(torch.randn(rows, columns, generator=generator)).to(dtype) + beta
     packed = FBI.read({"x.weight": weight}, "x")
+    assert packed.in_scale.dtype == packed.in_shift.dtype == dtype
     assert torch.equal(packed.to_dense(torch.float32).to(dtype), weight)
 
 
