@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import bitinfer.convert
+import bitinfer
 from bitinfer.checkpoint import Checkpoint
 from bitinfer.convert import convert
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS
+from bitinfer.shard_writer import ShardWriter
 from bitinfer.testing.checkpoints import (
     SHAPES,
     write_binary_dense,
@@ -375,7 +376,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, code):
         if len(calls) == 30:
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(bitinfer.convert.ShardWriter, "_write", full)
+    monkeypatch.setattr(ShardWriter, "_write", full)
     with pytest.raises(OSError, match="not enough disk space, nothing is left behind") as caught:
         convert(source, tmp_path / "dst")
     assert caught.value.errno == code
@@ -412,7 +413,7 @@ def test_too_little_space_is_seen_before(source, tmp_path, monkeypatch):
 
 def test_the_estimate_is_close(source, tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr(bitinfer.convert, "check_space", lambda dst, size: needed.append(size))
+    monkeypatch.setattr(sys.modules["bitinfer.convert"], "check_space", lambda dst, size: needed.append(size))
     for dtype in (None, "float16"):
         convert(source, tmp_path / str(dtype), dtype=dtype)
         written = sum(f.stat().st_size for f in (tmp_path / str(dtype)).iterdir())
