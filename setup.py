@@ -102,20 +102,26 @@ class BuildNative(build_ext):
         subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
 
     def record(self, package: Path, reason: str | None) -> dict[str, Any]:
+        if Path(self.get_ext_fullpath("bitinfer._native")).exists():
+            bindings_reason = None
+        else:
+            bindings_reason = reason or "Python.h was not found when it was built (Debian: apt-get install python3-dev)"
         if (package / "_C_cuda.abi3.so").exists():
             cuda_reason = None
         elif reason is not None:
             cuda_reason = reason
+        elif os.environ.get("BITINFER_CUDA") and not enabled("BITINFER_CUDA"):
+            cuda_reason = "BITINFER_CUDA=0 was set when it was built"
         elif not any((ROOT / "csrc" / "cuda").glob("*.cu")):
             cuda_reason = "this version has no CUDA kernels"
-        elif not enabled("BITINFER_CUDA") and os.environ.get("BITINFER_CUDA"):
-            cuda_reason = "BITINFER_CUDA=0 was set when it was built"
         else:
             cuda_reason = "no nvcc was found when it was built"
         return {
             "version": self.distribution.get_version(),
             "native": reason is None,
             "native_reason": reason,
+            "bindings": bindings_reason is None,
+            "bindings_reason": bindings_reason,
             "cuda": cuda_reason is None,
             "cuda_reason": cuda_reason,
             "torch": torch_version(),

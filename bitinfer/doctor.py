@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bitinfer import ops
+from bitinfer.bench.machine import active_isa, device_name
 from bitinfer.dispatch import BACKENDS, use_backend
 from bitinfer.testing.oracle import exact_linear, fp_error_bound
 from bitinfer.testing.problems import EVERYTHING, FBI, ONEBIT, GemmProblem
@@ -90,7 +91,7 @@ def diagnose() -> Diagnosis:
     def report(problem: str, next_step: str, serious: bool = False) -> None:
         problems.append({"problem": problem, "next_step": next_step, "serious": serious})
 
-    native, sets, active = _instruction_sets(report)
+    native, sets, active = _instruction_sets(build, report)
     libraries = {
         "CPU kernels": _yes_or_no(_cpu_reason(build)),
         "numpy bindings": native,
@@ -170,15 +171,20 @@ def _check_backend(name: str, report: Callable[..., None]) -> BackendState:
     return state
 
 
-def _instruction_sets(report: Callable[..., None]) -> tuple[str, list[dict[str, Any]], str | None]:
+def _instruction_sets(
+    build: dict[str, Any], report: Callable[..., None]
+) -> tuple[str, list[dict[str, Any]], str | None]:
     try:
         native = import_module("bitinfer._native")
-        return "yes", list(native.isas()), native.active_isa()
     except ImportError as error:
         if error.name == "bitinfer._native":
-            return "no: not built", [], None
+            active = active_isa()  # from the torch library, which there may be
+            alone = [{"name": active, "supported": True, "reason": ""}] if active else []
+            return f"no: {build.get('bindings_reason') or 'not built'}", alone, active
         report(f"bitinfer._native does not load: {error}", f"rebuild it: {REBUILD}", serious=True)
         return f"no: it does not load: {error}", [], None
+    try:
+        return "yes", list(native.isas()), native.active_isa()
     except (ValueError, RuntimeError) as error:  # an instruction set that is forced and not there
         report(str(error), "unset BITINFER_CPU_ISA, or set it to one that runs here", serious=True)
         return "yes", list(native.isas()), None
@@ -264,8 +270,6 @@ def _report_variables(variables: dict[str, str], sets: list[dict[str, Any]], rep
 
 
 def _machine() -> dict[str, Any]:
-    from bitinfer.bench.machine import device_name
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "processor": device_name("cpu"),

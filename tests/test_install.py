@@ -75,8 +75,20 @@ def test_with_a_compiler_and_cuda_off(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     state = doctor(site)
     assert state["install"] == "cpu only" and state["build"]["native"] and not state["build"]["cuda"]
-    assert state["build"]["cuda_reason"]
+    assert "BITINFER_CUDA=0" in state["build"]["cuda_reason"] and state["build"]["bindings"]
     assert all(b["available"] for b in state["backends"] if b["name"] in ("cpu", "reference"))
+    assert "slow" not in runs(site)
+
+
+def test_without_python_headers(tmp_path):
+    """A machine with g++ and no Python.h: the torch library needs none, and only the numpy bindings are left out."""
+    hidden = "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"
+    site, run = install(tmp_path, BITINFER_CUDA="0", BITINFER_REQUIRE_NATIVE="1", CMAKE_ARGS=hidden)
+    assert run.returncode == 0, run.stdout + run.stderr
+    state = doctor(site)
+    assert state["install"] == "cpu only" and state["healthy"] and not state["build"]["bindings"]
+    assert state["libraries"]["numpy bindings"].startswith("no: Python.h was not found")
+    assert state["active_instruction_set"] == state["instruction_sets"][0]["name"]
     assert "slow" not in runs(site)
 
 

@@ -6,10 +6,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
+
+from bitinfer.dispatch import BACKENDS
 
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 64 << 20  # where the machine does not say
@@ -69,11 +70,9 @@ def active_isa() -> str | None:
     Raises:
         RuntimeError: ``BITINFER_CPU_ISA`` names one that cannot be used. The message names those that can.
     """
-    try:
-        native = import_module("bitinfer._native")
-    except ImportError:
+    if BACKENDS["cpu"].unavailable() is not None:
         return None
-    return str(native.active_isa())
+    return str(torch.ops.bitinfer_native.cpu_isa())
 
 
 def commit() -> str | None:
