@@ -10,6 +10,7 @@ from bitinfer.backends.base import Backend, Problem
 from bitinfer.weight import FLOAT_DTYPES
 
 LIBRARY = Path(__file__).parent.parent / "_C.abi3.so"
+MAX_INTEGER_COLUMNS = 1 << 22  # csrc/cpu/ops.cpp: sums and their offsets fit int32 up to here
 
 
 class CPUBackend(Backend):
@@ -20,7 +21,7 @@ class CPUBackend(Backend):
     def __init__(self) -> None:
         self._failure: str | None = None
         if not LIBRARY.exists():
-            self._failure = "the compiled library is missing: bitinfer was installed without a C++ compiler"
+            self._failure = "the compiled library is missing: bitinfer was installed without its compiled kernels"
             return
         try:
             torch.ops.load_library(str(LIBRARY))
@@ -35,6 +36,8 @@ class CPUBackend(Backend):
             return f"it runs on CPU tensors, not on {problem.device}"
         if problem.dtype not in FLOAT_DTYPES:
             return f"it takes float32, float16 and bfloat16, not {problem.dtype}"
+        if problem.bits and problem.k > MAX_INTEGER_COLUMNS:
+            return f"its integer sums hold at most {MAX_INTEGER_COLUMNS} columns, not {problem.k}"
         return None
 
     def pack_signs(self, weight: Tensor) -> Tensor:
