@@ -16,9 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation nobody else looks
+    raise SystemExit(f'bitinfer: setuptools {setuptools.__version__} is too old: pip install "setuptools>=77"')
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_MINIMUM = (2, 10)

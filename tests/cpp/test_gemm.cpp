@@ -324,6 +324,28 @@ void test_not_finite(const Kernels& kernels) {
   }
 }
 
+// Integers halfway between two go to the even one.
+void test_ties(const Kernels& kernels) {
+  const std::vector<float> x = {127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 125.5f};
+  const int expected[8] = {127, 0, 2, 2, 0, -2, -2, 126};
+  Guarded<uint32_t> planes(8);
+  Guarded<float> scale(1);
+  Guarded<int32_t> sum(1);
+  PackActivations problem;
+  problem.x = Problem::view(x, true);
+  problem.k = problem.stride = 8;
+  problem.planes = planes.data();
+  problem.scale = scale.data();
+  problem.sum = sum.data();
+  pack_activations(kernels, problem, 1, serial);
+  for (int column = 0; column < 8; ++column) {
+    uint32_t octet = 0;
+    for (int bit = 0; bit < 8; ++bit) octet |= (planes[bit] >> column & 1) << bit;
+    CHECK(static_cast<int8_t>(octet) == expected[column]);
+  }
+  CHECK(scale[0] == 1 && sum[0] == 127 + 2 + 2 - 2 - 2 + 126);
+}
+
 }  // namespace
 
 int main() {
@@ -350,6 +372,7 @@ int main() {
     context = isa;
     test_output_types(kernels);
     test_not_finite(kernels);
+    test_ties(kernels);
   }
   return report();
 }
