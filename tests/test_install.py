@@ -35,9 +35,17 @@ def install(folder: Path, **environment: str) -> tuple[Path, subprocess.Complete
     return site, run
 
 
+# an editable install of this checkout would lend its compiled parts to the copy under test
+ALONE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+"""
+
+
 def doctor(site: Path) -> dict:
+    code = f"{ALONE}sys.argv = ['bitinfer', 'doctor', '--json']\nfrom bitinfer.cli import main\nmain()"
     run = subprocess.run(
-        [sys.executable, "-m", "bitinfer.cli", "doctor", "--json"],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(site)},
         cwd=site,
         capture_output=True,
@@ -48,7 +56,7 @@ def doctor(site: Path) -> dict:
     return json.loads(run.stdout)
 
 
-GENERATE = """
+GENERATE = f"""{ALONE}
 import torch, bitinfer
 layer = bitinfer.BinaryLinear.from_linear(torch.nn.Linear(100, 7))
 for layer.act_bits in (None, 8):
