@@ -55,6 +55,9 @@ class WeightLayout:
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("planes", "group_size"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"WeightLayout: {name} must be an int, got {getattr(self, name)!r}")
         if self.planes < 1:
             raise ValueError(f"WeightLayout: planes must be at least 1, got {self.planes}")
         if self.group_size < 0 or self.group_size % WORD_BITS:
