@@ -118,7 +118,7 @@ def test_layout_errors():
         WeightLayout.from_dict({"plane": 2})
     with pytest.raises(ValueError, match="planes must be at least 1"):
         WeightLayout(planes=0)
-    with pytest.raises(TypeError, match="group_size must be an int, got 64.0"):
+    with pytest.raises(TypeError, match=r"group_size must be an int, got 64\.0"):
         WeightLayout(group_size=64.0)
     with pytest.raises(KeyError):
         BinaryWeight.from_tensors({"weight": WORDS}, 64, WeightLayout())
