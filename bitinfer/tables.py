@@ -91,7 +91,8 @@ def storage(info: "ModelInfo") -> Table:
 
 def verification(report: "Verification") -> RenderableType:
     """Show how far a packed model is from its original."""
-    table = _facts(f"packed model in {report.dtype} against the original ({report.format}) in float32")
+    original = "its own weights, dequantised," if report.format == "packed" else f"the original ({report.format})"
+    table = _facts(f"packed model in {report.dtype} against {original} in float32")
     table.add_row("positions compared", f"{report.tokens}")
     table.add_row("largest logit error", f"{report.max_error:.3g}")
     table.add_row("relative error (RMS)", f"{report.relative_error:.3g}")
