@@ -28,6 +28,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "runs Triton kernels in its slow interpreter",
 }
 REBUILD = "pip install --no-build-isolation ."
+DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}  # where a backend is tested; others are a GPU's
 SELF_TEST = (
     GemmProblem("fbi", 3, 37, 300, FBI),
     GemmProblem("onebit", 2, 65, 128, ONEBIT, bias=True),
@@ -156,8 +157,7 @@ def _check_backend(name: str, report: Callable[..., None]) -> BackendState:
     state = BackendState(name, reason is None, reason)
     if reason is not None:
         return state
-    devices = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}.get(name, ("cuda",))
-    for device in devices:
+    for device in DEVICES.get(name, ("cuda",)):
         if device == "cuda" and not torch.cuda.is_available():
             continue
         with warnings.catch_warnings():
