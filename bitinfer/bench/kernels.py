@@ -31,6 +31,7 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
 }
 CHECKED_ROWS = 64  # of a float64 product; the op computes every row
+CASES_PER_TOKENS = 9  # two dense, two of sign_gemm, four of popcount_gemm, one of pack_activations
 DENSE = {torch.float32: "F.linear fp32", torch.bfloat16: "F.linear bf16"}
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -157,7 +158,7 @@ def bench_kernels(
     torch.set_num_threads(threads or threads_before)
     try:
         report = BenchReport(describe(device), read_bandwidth(device) / 1e9)
-        done, total = 0, len(shapes) * (1 + len(tokens) * 10)
+        done, total = 0, len(shapes) * (1 + len(tokens) * CASES_PER_TOKENS)
         for n, k in shapes:
             first = len(report.measurements)
             for case in _cases(n, k, tokens, device):

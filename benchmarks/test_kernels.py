@@ -1,0 +1,60 @@
+"""The kernels under pytest-benchmark, for comparing commits: the cases of ``bitinfer bench kernels``.
+
+    python -m pytest benchmarks --benchmark-autosave
+    python -m pytest benchmarks --benchmark-compare
+
+``BITINFER_BENCH_SHAPES`` (names or NxK, with commas) and ``BITINFER_BENCH_TOKENS`` choose the sizes; small by default.
+Every case is checked before it is timed, and its weights rotate through more memory than the last cache.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+import torch
+
+from bitinfer.bench import parse_shapes
+from bitinfer.bench.kernels import Case, dense_cases, gemm_cases, pack_case
+from bitinfer.bench.machine import describe
+
+SHAPES = parse_shapes(os.environ.get("BITINFER_BENCH_SHAPES", "768x768,2048x768"))
+TOKENS = [int(m) for m in os.environ.get("BITINFER_BENCH_TOKENS", "1,16").split(",")]
+
+
+def cases(n: int, k: int, m: int) -> Iterator[Case]:
+    yield from dense_cases(n, k, [m])
+    yield from gemm_cases(n, k, [m])
+
+
+def time_case(benchmark, case: Case) -> None:
+    case.check()
+    turns = count()
+    with torch.inference_mode():
+        benchmark.pedantic(lambda: case.run(next(turns) % case.copies), rounds=50, warmup_rounds=3)
+    benchmark.group = f"{case.n} x {case.k}, M={case.m}"
+    if benchmark.stats:  # none under --benchmark-disable
+        gb_per_s = case.weight_bytes / benchmark.stats["median"] / 1e9
+        benchmark.extra_info.update(describe("cpu"), backend=case.backend, weight_gb_per_s=gb_per_s)
+
+
+NAMES = [
+    "F.linear fp32",
+    "F.linear bf16",
+    "sign_gemm fp32",
+    "sign_gemm bf16",
+    "pack_activations int8",
+    *(f"popcount_gemm int{bits}" for bits in (8, 4, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("m", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("name", NAMES)
+def test_gemm(benchmark, name, shape, m):
+    time_case(benchmark, next(case for case in cases(*shape, m) if f"{case.op} {case.activations}" == name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_pack_signs(benchmark, shape):
+    time_case(benchmark, pack_case(*shape))

@@ -1,0 +1,143 @@
+"""bench: results are checked before they are timed, weights are cold, and the figures follow from the times."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from bitinfer.backends.reference import ReferenceBackend
+from bitinfer.bench import SHAPES, bench_kernels, kernels, machine, parse_shapes
+from bitinfer.dispatch import BACKENDS, use_backend
+from bitinfer.errors import BackendError
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """Pretend that caches are small, so that little memory holds cold weights."""
+    monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda device: 2e9)
+
+
+def test_every_op_is_measured():
+    seen = []
+    report = bench_kernels([(40, 96), (33, 65)], [1, 3], seconds=0.001, progress=lambda *args: seen.append(args))
+    kinds = {(row.op, row.activations, row.m) for row in report.measurements if row.n == 40}
+    for m in (1, 3):
+        assert {
+            ("F.linear", "fp32", m),
+            ("F.linear", "bf16", m),
+            ("sign_gemm", "fp32", m),
+            ("sign_gemm", "bf16", m),
+        } <= kinds
+        assert {("popcount_gemm", f"int{bits}", m) for bits in (8, 4, 2, 1)} <= kinds
+        assert ("pack_activations", "int8", m) in kinds
+    assert ("pack_signs", "fp32", 0) in kinds
+    done, total = zip(*[(done, total) for done, total, _ in seen], strict=True)
+    assert set(total) == {len(report.measurements)} and done[-1] == total[0]
+    assert all(b - a == 1 for a, b in pairwise(done))
+    assert json.loads(json.dumps(report.to_dict()))["machine"]["torch"] == torch.__version__
+
+
+def test_figures_follow_from_the_times():
+    report = bench_kernels([(64, 128)], [2], seconds=0.001)
+    dense = {row.activations: row.median_us for row in report.measurements if row.op == "F.linear"}
+    for row in report.measurements:
+        assert row.calls >= 7 and row.median_us > 0 and row.iqr_us >= 0
+        assert row.gb_per_s == pytest.approx(row.weight_bytes / row.median_us / 1e3)
+        assert row.bandwidth_share == pytest.approx(row.gb_per_s / 2)
+        if row.op.endswith("_gemm"):
+            assert row.ratio_fp32 == pytest.approx(dense["fp32"] / row.median_us)
+            assert row.ratio_bf16 == pytest.approx(dense["bf16"] / row.median_us)
+            assert row.weight_bytes == 64 * 128 // 8 + (2 * 4 * 128 if row.op == "sign_gemm" else 0)
+        else:
+            assert row.ratio_fp32 is None
+
+
+def test_weights_are_cold():
+    for case in (*kernels.gemm_cases(64, 128, [1]), *kernels.dense_cases(64, 128, [1]), kernels.pack_case(64, 128)):
+        if case.op != "pack_activations":
+            assert case.copies * case.weight_bytes >= 2 * (1 << 16)
+    big = next(kernels.dense_cases(512, 512, [1]))
+    assert big.copies == 2  # larger than the cache: two take turns
+
+
+class WrongFloats(ReferenceBackend):
+    name = "wrong-floats"
+
+    def sign_gemm(self, *args):
+        y = super().sign_gemm(*args)
+        y[..., -1] += 1  # one row of the weight, and the last
+        return y
+
+
+class WrongIntegers(ReferenceBackend):
+    name = "wrong-integers"
+
+    def popcount_gemm(self, *args):
+        return super().popcount_gemm(*args) * (1 + 1e-6)
+
+
+class WrongPlanes(ReferenceBackend):
+    name = "wrong-planes"
+
+    def pack_activations(self, *args):
+        planes, *rest = super().pack_activations(*args)
+        return (planes.view(torch.int32) ^ 1).view(torch.uint32), *rest
+
+
+class WrongSigns(ReferenceBackend):
+    name = "wrong-signs"
+
+    def pack_signs(self, weight):
+        return super().pack_signs(-weight)
+
+
+@pytest.mark.parametrize("backend", [WrongFloats, WrongIntegers, WrongPlanes, WrongSigns])
+def test_wrong_results_are_never_timed(monkeypatch, backend):
+    monkeypatch.setitem(BACKENDS, backend.name, backend())
+    with use_backend(backend.name), pytest.raises(BackendError, match="nothing was timed"):
+        bench_kernels([(40, 96)], [2], seconds=0.001)
+
+
+def test_threads_are_set_and_given_back():
+    before = torch.get_num_threads()
+    assert bench_kernels([(32, 32)], [1], seconds=0.001, threads=1).machine["threads"] == 1
+    assert torch.get_num_threads() == before
+
+
+def test_shapes():
+    assert parse_shapes("130m") == list(SHAPES["130m"])
+    assert parse_shapes("7B, 8x64,4096x4096") == [*SHAPES["7b"], (8, 64)]
+    for text in ("", ",", "13b", "8x", "8x0", "8x8x8", "-1x8"):
+        with pytest.raises(ValueError, match="shapes:"):
+            parse_shapes(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
+        ({"tokens": []}, "tokens must be at least 1"),
+        ({"tokens": [0]}, "tokens must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        bench_kernels([(8, 32)], **{"tokens": [1], **options})
+
+
+def test_no_gpu_and_no_such_instruction_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        bench_kernels([(8, 32)], [1], device="cuda")
+    with pytest.raises(BackendError, match="isa='sse9' was asked for"):
+        bench_kernels([(8, 32)], [1], isa="sse9")
+
+
+def test_the_machine_is_described():
+    assert machine.cache_bytes("cpu") >= 1 << 15
+    assert 1e8 < machine.read_bandwidth("cpu") < 1e13
+    described = machine.describe("cpu")
+    assert described["device_name"] and described["bitinfer"] and described["isa"] in (None, machine.active_isa())
