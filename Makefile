@@ -57,7 +57,7 @@ $(STAMP)-torch:
 	        print("--system-site-packages" if (int(v[0]), int(v[1])) >= (2, 10) else "")' 2>/dev/null || true); \
 	    $(PYTHON) -m venv $$site $(ENV) || \
 	    { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; rm -rf $(ENV); exit 1; }; }
-	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" numpy
+	$(PIP) install --quiet "setuptools>=77,<82" wheel "cmake>=3.25" ninja "pybind11>=2.13" numpy  # torch 2.11: below 82
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; \
 	    $(PIP) install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)); }
 	@touch $@
