@@ -252,10 +252,11 @@ def _tokenizer(folder: str | Path) -> Any | None:
 def _logits(model: Any, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
     """Yield the logits ``[T, V]`` of each window of ``ids``, on the CPU, with the rows that they stand for."""
     longest = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
-    with torch.inference_mode():
-        for first in range(0, len(ids), longest):
-            part = torch.tensor([ids[first : first + longest]], device=model.device)
-            yield slice(first, first + part.shape[1]), model(part, use_cache=False).logits[0].cpu()
+    for first in range(0, len(ids), longest):
+        part = torch.tensor([ids[first : first + longest]], device=model.device)
+        with torch.no_grad():  # left before the yield: a generator that is given up would leave the mode on
+            logits = model(part, use_cache=False).logits[0].cpu()
+        yield slice(first, first + part.shape[1]), logits
 
 
 def _compare(wanted: Tensor, got: Iterator[tuple[slice, Tensor]], ids: Sequence[int]) -> Mapping[str, float]:

@@ -122,6 +122,13 @@ def test_without_a_tokenizer_tokens_are_random(folders, tmp_path):
         verify(source, packed, text="words")
 
 
+def test_another_vocabulary_is_told_and_leaves_torch_as_it_was(folders, tmp_path):
+    other = tiny_models.fbi(tmp_path / "other", tokenizer=False)
+    with pytest.raises(FormatError, match="tokens in its vocabulary"):
+        verify(other, folders["fbi-packed"], text=[1, 2, 3])
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
 def test_wrong_folders_and_arguments(folders, tmp_path):
     with pytest.raises(FormatError, match="not a packed folder"):
         verify(folders["fbi"], folders["fbi"])

@@ -30,6 +30,7 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "1.3b": ((2048, 2048), (5632, 2048), (2048, 5632)),
     "7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
 }
+MAX_COPIES = 20_000  # reached by matrices of a few kilobytes alone
 CHECKED_ROWS = 64  # of a float64 product; the op computes every row
 CASES_PER_TOKENS = 9  # two dense, two of sign_gemm, four of popcount_gemm, one of pack_activations
 DENSE = {torch.float32: "F.linear fp32", torch.bfloat16: "F.linear bf16"}
@@ -304,8 +305,8 @@ def _packed_copies(n: int, k: int, device: str) -> list[BinaryWeight]:
 
 
 def _copies(nbytes: int, device: str) -> int:
-    """How many weights of ``nbytes`` make twice the last cache; at least two."""
-    return max(2, -(-2 * cache_bytes(device) // nbytes))
+    """How many weights of ``nbytes`` make twice the last cache; at least two, and no more than MAX_COPIES."""
+    return min(max(2, -(-2 * cache_bytes(device) // nbytes)), MAX_COPIES)
 
 
 def _check_sign_gemm(x: Tensor, weight: BinaryWeight) -> None:
