@@ -283,6 +283,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with the kind of build, which its metadata may leave out
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
