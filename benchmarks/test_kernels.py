@@ -35,7 +35,7 @@ def time_case(benchmark, case: Case) -> None:
     benchmark.group = f"{case.n} x {case.k}, M={case.m}"
     if benchmark.stats:  # none under --benchmark-disable
         gb_per_s = case.weight_bytes / benchmark.stats["median"] / 1e9
-        benchmark.extra_info.update(describe("cpu"), backend=case.backend, weight_gb_per_s=gb_per_s)
+        benchmark.extra_info.update(describe(), backend=case.backend, weight_gb_per_s=gb_per_s)
 
 
 NAMES = [

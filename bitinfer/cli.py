@@ -355,7 +355,7 @@ def doctor(as_json: Json = False) -> None:
     group=bench_app,
 )
 def kernels(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, the one that has kernels.")] = "cpu",
     shapes: Annotated[
         str, typer.Option(help="130m, 1.3b, 7b of FBI-LLM, or NxK (outputs x inputs); with commas.")
     ] = "130m,1.3b,7b",

@@ -274,7 +274,7 @@ def _report_variables(variables: dict[str, str], sets: list[dict[str, Any]], rep
 def _machine() -> dict[str, Any]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
-        "processor": device_name("cpu"),
+        "processor": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_cuda": torch.version.cuda,

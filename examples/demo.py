@@ -127,8 +127,6 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # the reader of GGUF files has a bar of its own
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()

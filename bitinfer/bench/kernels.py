@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitinfer import ops
 from bitinfer.backends.base import Problem
-from bitinfer.bench.machine import active_isa, cache_bytes, describe, read_bandwidth, synchronize
+from bitinfer.bench.machine import active_isa, cache_bytes, describe, read_bandwidth
 from bitinfer.dispatch import BACKENDS, select
 from bitinfer.errors import BackendError
 from bitinfer.packing import WORD_BITS, unpack_signs, words_per_row
@@ -130,7 +130,7 @@ def bench_kernels(
     Args:
         shapes: pairs ``(out_features, in_features)``.
         tokens: rows M of the activations.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, the one that has kernels.
         threads: threads of torch and of the kernels while this runs; None leaves them.
         isa: the instruction set that the cpu backend must be using; ``BITINFER_CPU_ISA`` is what forces it, before the
             first op. None takes any.
@@ -139,12 +139,10 @@ def bench_kernels(
 
     Raises:
         BackendError: a kernel gave a wrong result, and nothing is reported; or the cpu backend uses another ``isa``.
-        ValueError: an argument is out of range, or there is no such device.
+        ValueError: an argument is out of range.
     """
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': torch sees no CUDA device here; use --device cpu")
+    if device != "cpu":
+        raise ValueError(f"device must be 'cpu', got {device!r}: this version has kernels for no other")
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1, got {list(tokens)}")
     if threads is not None and threads < 1:
@@ -158,14 +156,14 @@ def bench_kernels(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        report = BenchReport(describe(device), read_bandwidth(device) / 1e9)
+        report = BenchReport({"device": device, **describe()}, read_bandwidth() / 1e9)
         done, total = 0, len(shapes) * (1 + len(tokens) * CASES_PER_TOKENS)
         for n, k in shapes:
             first = len(report.measurements)
-            for case in _cases(n, k, tokens, device):
+            for case in _cases(n, k, tokens):
                 if progress is not None:
                     progress(done, total, f"{case.op} {case.activations}  {n} x {k}  M={case.m}")
-                report.measurements.append(measure(case, seconds, report.bandwidth_gb_per_s, device))
+                report.measurements.append(measure(case, seconds, report.bandwidth_gb_per_s))
                 done += 1
             _fill_ratios(report.measurements[first:])
         if progress is not None:
@@ -175,12 +173,11 @@ def bench_kernels(
         torch.set_num_threads(threads_before)
 
 
-def measure(case: Case, seconds: float, bandwidth_gb_per_s: float, device: str = "cpu") -> Measurement:
+def measure(case: Case, seconds: float, bandwidth_gb_per_s: float) -> Measurement:
     """Check a case, then time it."""
     case.check()
-    sample = _time_cuda if device == "cuda" else _time_cpu
     with torch.inference_mode():
-        times = sample(case, seconds)
+        times = _time(case, seconds)
     quarters = statistics.quantiles(times, n=4)
     speed = case.weight_bytes / quarters[1] / 1e9
     return Measurement(
@@ -199,14 +196,14 @@ def measure(case: Case, seconds: float, bandwidth_gb_per_s: float, device: str =
     )
 
 
-def gemm_cases(n: int, k: int, tokens: Sequence[int], device: str = "cpu") -> Iterator[Case]:
+def gemm_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
     """Yield the ops that multiply by a packed weight ``[n, k]`` laid out as FBI-LLM's, for each number of tokens."""
-    weights = _packed_copies(n, k, device)
+    weights = _packed_copies(n, k)
     for m in tokens:
-        x32 = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(device)
+        x32 = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         for dtype in (torch.float32, torch.bfloat16):
             x = x32.to(dtype)
-            backend = select(Problem("sign_gemm", device, dtype, m=m, n=n, k=k)).name
+            backend = select(Problem("sign_gemm", "cpu", dtype, m=m, n=n, k=k)).name
 
             def run(i: int, x: Tensor = x) -> Tensor:
                 return ops.binary_linear(x, weights[i])
@@ -219,13 +216,13 @@ def gemm_cases(n: int, k: int, tokens: Sequence[int], device: str = "cpu") -> It
             yield from _integer_cases(x32, weights, bits)
 
 
-def dense_cases(n: int, k: int, tokens: Sequence[int], device: str = "cpu") -> Iterator[Case]:
+def dense_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
     """Yield ``F.linear`` with a dense ``[n, k]`` in float32 and bfloat16, for each number of tokens."""
     for dtype in DENSE:
-        one = torch.randn(n, k, device=device, dtype=dtype)
-        copies = one.repeat(_copies(one.nbytes, device), 1, 1)
+        one = torch.randn(n, k, dtype=dtype)
+        copies = one.repeat(_copies(one.nbytes), 1, 1)
         for m in tokens:
-            x = torch.randn(m, k, device=device, dtype=dtype)
+            x = torch.randn(m, k, dtype=dtype)
 
             def run(i: int, x: Tensor = x, copies: Tensor = copies) -> Tensor:
                 return F.linear(x, copies[i])
@@ -233,11 +230,11 @@ def dense_cases(n: int, k: int, tokens: Sequence[int], device: str = "cpu") -> I
             yield Case("F.linear", SHORT[dtype], "torch", m, n, k, one.nbytes, len(copies), run, lambda: None)
 
 
-def pack_case(n: int, k: int, device: str = "cpu") -> Case:
+def pack_case(n: int, k: int) -> Case:
     """Return the packing of a dense float32 ``[n, k]``; its bytes are those read and those written."""
-    one = torch.randn(n, k, device=device)
-    copies = one.repeat(_copies(one.nbytes, device), 1, 1)
-    backend = select(Problem("pack_signs", device, torch.float32)).name
+    one = torch.randn(n, k)
+    copies = one.repeat(_copies(one.nbytes), 1, 1)
+    backend = select(Problem("pack_signs", "cpu", torch.float32)).name
 
     def check() -> None:
         expected = torch.where(one < 0, -1.0, 1.0)
@@ -248,18 +245,18 @@ def pack_case(n: int, k: int, device: str = "cpu") -> Case:
     return Case("pack_signs", "fp32", backend, 0, n, k, moved, len(copies), lambda i: ops.pack_signs(copies[i]), check)
 
 
-def _cases(n: int, k: int, tokens: Sequence[int], device: str) -> Iterator[Case]:
+def _cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
     """Yield the cases of a shape; each generator frees its weights before the next one allocates."""
-    yield from dense_cases(n, k, tokens, device)
-    yield from gemm_cases(n, k, tokens, device)
-    yield pack_case(n, k, device)
+    yield from dense_cases(n, k, tokens)
+    yield from gemm_cases(n, k, tokens)
+    yield pack_case(n, k)
 
 
 def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterator[Case]:
-    first, (m, k), device = weights[0], x.shape, x.device.type
+    first, (m, k) = weights[0], x.shape
     n = first.out_features
     planes, scale, total, shift = ops.pack_activations(x, bits, in_scale=first.in_scale, in_shift=first.in_shift)
-    backend = select(Problem("popcount_gemm", device, x.dtype, bits, m=m, n=n, k=k)).name
+    backend = select(Problem("popcount_gemm", "cpu", x.dtype, bits, m=m, n=n, k=k)).name
 
     def run(i: int) -> Tensor:
         return ops.popcount_gemm(planes, scale, total, shift, weights[i].signs, k)
@@ -274,7 +271,7 @@ def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterato
 
     yield Case("popcount_gemm", f"int{bits}", backend, m, n, k, first.signs.nbytes, len(weights), run, check)
     if bits == 8:
-        backend = select(Problem("pack_activations", device, x.dtype, bits, m=m, k=k)).name
+        backend = select(Problem("pack_activations", "cpu", x.dtype, bits, m=m, k=k)).name
 
         def pack(i: int) -> Any:
             return ops.pack_activations(x, bits, in_scale=first.in_scale, in_shift=first.in_shift)
@@ -291,27 +288,25 @@ def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterato
         yield Case("pack_activations", "int8", backend, m, n, k, moved, len(weights), pack, check_pack)
 
 
-def _packed_copies(n: int, k: int, device: str) -> list[BinaryWeight]:
+def _packed_copies(n: int, k: int) -> list[BinaryWeight]:
     words = words_per_row(k)
     generator = torch.Generator().manual_seed(0)
-    copies = _copies(4 * n * words, device)
+    copies = _copies(4 * n * words)
     signs = torch.randint(-(1 << 31), 1 << 31, (copies, n, words), dtype=torch.int32, generator=generator)
     if k % WORD_BITS:
         signs[..., -1] &= (1 << k % WORD_BITS) - 1
-    in_scale, in_shift = torch.randn(2, 1, k, generator=generator).to(device)
-    return [
-        BinaryWeight(block.view(torch.uint32), k, in_scale=in_scale, in_shift=in_shift) for block in signs.to(device)
-    ]
+    in_scale, in_shift = torch.randn(2, 1, k, generator=generator)
+    return [BinaryWeight(block.view(torch.uint32), k, in_scale=in_scale, in_shift=in_shift) for block in signs]
 
 
-def _copies(nbytes: int, device: str) -> int:
+def _copies(nbytes: int) -> int:
     """How many weights of ``nbytes`` make twice the last cache; at least two, and no more than MAX_COPIES."""
-    return min(max(2, -(-2 * cache_bytes(device) // nbytes)), MAX_COPIES)
+    return min(max(2, -(-2 * cache_bytes() // nbytes)), MAX_COPIES)
 
 
 def _check_sign_gemm(x: Tensor, weight: BinaryWeight) -> None:
     """Compare some rows with the float64 oracle: the first, the last and others between."""
-    rows = torch.linspace(0, weight.out_features - 1, min(CHECKED_ROWS, weight.out_features), device=x.device).long()
+    rows = torch.linspace(0, weight.out_features - 1, min(CHECKED_ROWS, weight.out_features)).long()
     signs = weight.signs.view(torch.int32)[rows].view(torch.uint32)
     part = BinaryWeight(signs, weight.in_features, in_scale=weight.in_scale, in_shift=weight.in_shift)
     error = (ops.binary_linear(x, weight)[:, rows].double() - exact_linear(x, part)).abs().max().item()
@@ -323,7 +318,7 @@ def _check_sign_gemm(x: Tensor, weight: BinaryWeight) -> None:
         )
 
 
-def _time_cpu(case: Case, seconds: float) -> list[float]:
+def _time(case: Case, seconds: float) -> list[float]:
     """Return the seconds of each call; every call meets the next of the rotating weights."""
     times: list[float] = []
     for i in range(min(case.copies, 3)):
@@ -334,31 +329,6 @@ def _time_cpu(case: Case, seconds: float) -> list[float]:
         start = time.perf_counter()
         case.run(i)
         times.append(time.perf_counter() - start)
-    return times
-
-
-def _time_cuda(case: Case, seconds: float) -> list[float]:
-    """Return the seconds of a call, from device events around replays of a CUDA graph that holds one whole rotation."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    calls = min(case.copies, 64)
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            case.run(i % case.copies)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            case.run(i)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 10_000):
-        start.record()
-        graph.replay()
-        stop.record()
-        synchronize("cuda")
-        times.append(start.elapsed_time(stop) / 1e3 / calls)
     return times
 
 

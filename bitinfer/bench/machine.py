@@ -16,52 +16,40 @@ CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 64 << 20  # where the machine does not say
 
 
-def cache_bytes(device: str) -> int:
-    """Return the size of the last cache before memory: the largest of a CPU's, or a GPU's L2."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+def cache_bytes() -> int:
+    """Return the size of the last cache before memory."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [text for path in CPU_CACHES.glob("index*/size") if (text := path.read_text().strip())]
     return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[-1] in units), default=ASSUMED_CACHE)
 
 
-def device_name(device: str) -> str:
+def device_name() -> str:
     """Return the processor's own name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 
 
-def read_bandwidth(device: str) -> float:
+def read_bandwidth() -> float:
     """Measure how fast this process reads memory, in bytes per second: the fastest of a few torch reductions.
 
     The buffer is four times the last cache, so that nothing of it is found there.
     """
-    buffer = torch.ones(max(4 * cache_bytes(device), 256 << 20) // 4, device=device)
+    buffer = torch.ones(max(4 * cache_bytes(), 256 << 20) // 4)
     matrix = buffer[: buffer.numel() // 4096 * 4096].view(-1, 4096)
-    vector = torch.ones(4096, device=device)
+    vector = torch.ones(4096)
     readers: list[Callable[[], object]] = [buffer.sum, buffer.amax, lambda: torch.mv(matrix, vector)]
     best = 0.0
     for reader in readers:
         reader()
         times = []
         for _ in range(7):
-            synchronize(device)
             start = time.perf_counter()
             reader()
-            synchronize(device)
             times.append(time.perf_counter() - start)
         best = max(best, buffer.nbytes / statistics.median(times))
     return best
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU; nothing on a CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def active_isa() -> str | None:
@@ -87,18 +75,17 @@ def commit() -> str | None:
         return None
 
 
-def describe(device: str) -> dict[str, str | int | float | None]:
+def describe() -> dict[str, str | int | float | None]:
     """Return what a reader needs to compare two reports, ready for JSON."""
     from bitinfer import __version__
 
     return {
-        "device": device,
-        "device_name": device_name(device),
+        "device_name": device_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "isa": active_isa(),
-        "cache_bytes": cache_bytes(device),
+        "cache_bytes": cache_bytes(),
         "bitinfer": __version__,
         "commit": commit(),
         "torch": torch.__version__,
