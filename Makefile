@@ -19,6 +19,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(ENV)/.bitinfer-$(shell pwd | cksum | cut -d' ' -f1)
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
+# pip keeps the build's own warning to itself
+SAY_WHAT_IS_MISSING = $(PY) -c 'import json; r = json.load(open("bitinfer/_build.json")); \
+    r["native"] or print("note: without compiled kernels, hence slow:", r["native_reason"])'
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint cpp-test py-test bench clean
 
@@ -57,15 +61,18 @@ $(STAMP)-torch:
 	        print("--system-site-packages" if (int(v[0]), int(v[1])) >= (2, 10) else "")' 2>/dev/null || true); \
 	    $(PYTHON) -m venv $$site $(ENV) || \
 	    { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; rm -rf $(ENV); exit 1; }; }
-	$(PIP) install --quiet "setuptools>=77,<82" wheel "cmake>=3.25" ninja "pybind11>=2.13" numpy  # torch 2.11: below 82
+	@# torch 2.11 asks for a setuptools below 82
+	$(PIP) install --quiet "setuptools>=77,<82" wheel "cmake>=3.25" ninja "pybind11>=2.13" numpy
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; \
 	    $(PIP) install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)); }
 	@touch $@
 
 $(STAMP)-demo: $(STAMP)-torch $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable ".[demo]"
+	@$(SAY_WHAT_IS_MISSING)
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-torch $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable ".[demo,test,lint]"
+	@$(SAY_WHAT_IS_MISSING)
 	@touch $@

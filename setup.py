@@ -37,6 +37,11 @@ def torch_version() -> str | None:
     return importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None
 
 
+def which(tool: str) -> str | None:
+    # pip puts cmake and ninja beside Python, which is on the PATH only of an activated environment
+    return shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
+
+
 def obstacle() -> str | None:
     """Return why the compiled parts cannot be built, None if they can."""
     if enabled("BITINFER_NO_NATIVE"):
@@ -45,7 +50,7 @@ def obstacle() -> str | None:
     if not any(map(shutil.which, compiler)):
         return f"no C++ compiler was found (looked for {', '.join(compiler)})"
     for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None:
+        if which(tool) is None:
             return f"{tool} was not found: pip install {tool}"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 was not found: pip install pybind11"
@@ -93,7 +98,7 @@ class BuildNative(build_ext):
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
             # these may differ from the last build's: isolated builds have their tools in a new folder each time
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "CMAKE_MAKE_PROGRAM": which("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "TORCH_INCLUDE_DIR": Path(torch.origin).parent / "include",
             "pybind11_DIR": Path(pybind11.origin).parent / "share" / "cmake" / "pybind11",
@@ -101,9 +106,11 @@ class BuildNative(build_ext):
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions, *extra], check=True)
+        cmake = which("cmake")
+        assert cmake is not None  # obstacle() has looked
+        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions, *extra], check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
+        subprocess.run([cmake, "--build", build, "-j", jobs], check=True)
 
     def record(self, package: Path, reason: str | None) -> dict[str, Any]:
         if Path(self.get_ext_fullpath("bitinfer._native")).exists():
