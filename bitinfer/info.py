@@ -11,7 +11,7 @@ from bitinfer.checkpoint import Checkpoint, read_json
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, detect
 from bitinfer.formats.packed import QUANT_METHOD, Packed, quantization
-from bitinfer.packing import WORD_BITS, words_per_row
+from bitinfer.packing import words_per_row
 from bitinfer.weight import WeightLayout
 
 HALF = 2  # bytes of an fp16 value
@@ -156,7 +156,8 @@ def _describe_packed(checkpoint: Checkpoint, values: Mapping[str, Any]) -> Model
         nbytes = sum(dense.pop(part) for part in parts)
         extra += sum(math.prod(checkpoint.shape(part)) for part in parts[1:])
         rows = checkpoint.shape(key)[-2]
-        layers.append(_layer(name, rows, _in_features(checkpoint, name, layout), layout, nbytes, zeros.get(name, 0)))
+        columns = Packed.in_features(checkpoint, name)
+        layers.append(_layer(name, rows, columns, layout, nbytes, zeros.get(name, 0)))
     dense_values = sum(math.prod(checkpoint.shape(name)) for name in dense)
     notes = []
     if zeros:
@@ -226,14 +227,6 @@ def _layer(name: str, rows: int, columns: int, layout: WeightLayout, nbytes: int
     return LayerInfo(
         name, rows, columns, layout.planes, layout.group_size, layout.tensors, layout.norm_eps, nbytes, bits, zeros
     )
-
-
-def _in_features(checkpoint: Checkpoint, name: str, layout: WeightLayout) -> int:
-    """Return K: the width of a per-column vector, else what the words can hold (its padding is not recorded)."""
-    for vector in ("in_scale", "in_shift"):
-        if vector in layout.tensors:
-            return checkpoint.shape(f"{name}.{vector}")[-1]
-    return checkpoint.shape(f"{name}.weight")[-1] * WORD_BITS
 
 
 def _storage(layers: list[LayerInfo], extra: int, dense_values: int, dense_bytes: int) -> Storage:

@@ -10,6 +10,7 @@ import torch
 
 from bitinfer import FormatError, convert
 from bitinfer.info import describe, packed_quantization
+from bitinfer.testing.checkpoints import write_dense
 
 ITEM = {"U32": 4, "F32": 4, "F16": 2}
 
@@ -103,6 +104,14 @@ def test_a_dense_model_is_described_as_latent(tmp_path):
     info = describe(tiny_models.dense(tmp_path / "dense"))
     assert info.format == "dense" and any("--format latent" in note for note in info.notes)
     assert len(info.layers) == 14 and not any("lm_head" in layer.name for layer in info.layers)
+
+
+def test_columns_that_fill_no_whole_word_are_counted_right(tmp_path):
+    """The tiny model has 176 columns in its last matrix; row scales do not tell, the configuration does."""
+    write_dense(tmp_path / "dense", "tiny")
+    report = convert(tmp_path / "dense", tmp_path / "packed", format="latent")
+    assert {x.in_features for x in describe(tmp_path / "packed").layers} == {64, 176}
+    assert describe(tmp_path / "packed").storage.bits_per_weight == pytest.approx(report.bits_per_weight)
 
 
 def test_a_missing_scale_is_named(tmp_path):
