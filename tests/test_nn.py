@@ -123,19 +123,19 @@ def test_wrong_input_width_is_named():
         make("row")[2](torch.randn(2, 99))
 
 
-def test_compile():
+def test_compile(compiler):
     x, _, module = make("fbi")
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(x), module(x))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_gradient_of_the_input_is_that_of_the_dense_module(name, compiled):
+def test_gradient_of_the_input_is_that_of_the_dense_module(name, compiled, compiler):
     x, _, module = make(name)
     dense = module.dequantize()
     grad = torch.randn(4, 9)
-    run = torch.compile(module, fullgraph=True) if compiled else module
+    run = torch.compile(module, fullgraph=True, backend=compiler) if compiled else module
     inputs = [x.clone().requires_grad_() for _ in range(3)]
     for own, forward in zip(inputs, (run, dense, module), strict=True):
         forward(own).backward(grad)

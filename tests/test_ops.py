@@ -183,13 +183,13 @@ def test_opcheck(backend, name):
 
 
 @pytest.mark.parametrize("bits", [None, 8, 1])
-def test_compile_has_no_graph_break(backend, bits):
+def test_compile_has_no_graph_break(backend, bits, compiler):
     _, weight = GemmProblem("c", 1, 7, 320, FBI).make()
 
     def run(x):
         return ops.binary_linear(torch.relu(x), weight, bits) + 1
 
-    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=compiler)
     for m in (3, 5):
         x = torch.randn(m, 320)
         torch.testing.assert_close(compiled(x), run(x))
