@@ -306,7 +306,14 @@ def test_process_interrupted_in_the_middle():
     command = [sys.executable, "-m", "bitinfer.cli", "bench", "kernels", "--shapes", "4096x4096"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     leader, follower = pty.openpty()  # a terminal: the bar tells when the command is at work
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=follower)
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        # shells start what runs in their background with the signal ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(follower)
     seen = b""
     end = time.monotonic() + 240

@@ -5,6 +5,7 @@ more under BITINFER_CPU_ISA for every other one that this processor has.
 """
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -354,7 +355,8 @@ if FORCED is None:
             timeout=540,
         )
         assert result.returncode == 0, result.stdout[-5000:]
-        assert "skipped" not in result.stdout.splitlines()[-1]
+        if importlib.util.find_spec("bitinfer._native") is not None:  # or else the tests of the bindings are skipped
+            assert "skipped" not in result.stdout.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
