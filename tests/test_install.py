@@ -43,21 +43,26 @@ sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f,
 """
 
 
-def doctor(site: Path) -> dict:
-    code = f"{ALONE}sys.argv = ['bitinfer', 'doctor', '--json']\nfrom bitinfer.cli import main\nmain()"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
+def python(site: Path, code: str) -> subprocess.CompletedProcess:
+    """Run code with the installed copy and nothing else of bitinfer on the path."""
+    return subprocess.run(
+        [sys.executable, "-c", ALONE + code],
         env={**os.environ, "PYTHONPATH": str(site)},
         cwd=site,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def doctor(site: Path) -> dict:
+    code = "sys.argv = ['bitinfer', 'doctor', '--json']\nfrom bitinfer.cli import main\nmain()"
+    run = python(site, code)
     assert run.stdout, run.stderr
     return json.loads(run.stdout)
 
 
-GENERATE = f"""{ALONE}
+COMPUTE = """
 import torch, bitinfer
 layer = bitinfer.BinaryLinear.from_linear(torch.nn.Linear(100, 7))
 for layer.act_bits in (None, 8):
@@ -66,14 +71,7 @@ for layer.act_bits in (None, 8):
 
 
 def runs(site: Path) -> str:
-    run = subprocess.run(
-        [sys.executable, "-c", GENERATE],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        cwd=site,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = python(site, COMPUTE)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("torch.Size([2, 7])") == 2
     return run.stderr

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bitinfer.weight import BinaryWeight
 
-# Largest error of an output over the root mean square of the outputs, against float64, beyond a dense product's own.
+# A few roundings of each dtype, relative to the outputs' size: their root mean square or a quarter of the largest.
 FP_SLACK = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

@@ -1,6 +1,6 @@
 """Problems that find bit errors: odd sizes, every term of the algebra, and inputs that single out one bit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,4 +95,3 @@ PROBLEMS: list[GemmProblem] = [
     GemmProblem("wide", 1, 700, 2048, FBI),
     GemmProblem("tall", 130, 96, 768, ONEBIT, bias=True),
 ]
-SMALL = replace(PROBLEMS[1], name="small")
