@@ -6,10 +6,6 @@
 
 namespace bitinfer::cpu {
 
-enum class Dtype : uint8_t { kFloat32, kFloat16, kBFloat16 };
-
-constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -22,8 +22,8 @@ namespace {
 using bitinfer::group_count;
 using bitinfer::segment_size;
 using bitinfer::words_per_row;
-using bitinfer::cpu::Dtype;
-using bitinfer::cpu::Floats;
+using bitinfer::Dtype;
+using bitinfer::Floats;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -141,7 +141,7 @@ void check_bits(const char* op, int64_t bits) {
 }
 
 // The packed matrix and what applies to its rows. The tensors are made contiguous in place and must outlive the result.
-bitinfer::cpu::Weight checked_weight(const char* op, Tensor& weight, int64_t k, OptionalTensor& scale,
+bitinfer::Weight checked_weight(const char* op, Tensor& weight, int64_t k, OptionalTensor& scale,
                                      OptionalTensor& group_shift, OptionalTensor& bias, int64_t group_size) {
   check_dtype(op, "weight", weight, ScalarType::UInt32, "torch.uint32 sign words");
   STD_TORCH_CHECK(k >= 0 && (weight.dim() == 2 || weight.dim() == 3) && weight.size(-1) == words_per_row(k), op,
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTe
   Tensor scale = empty(shape_like(x, 1, {group_count(rows.k, block_size)}), ScalarType::Float);
   Tensor sum = empty(shape_like(x, 1, {segments}), ScalarType::Int);
   Tensor shift = empty(shape_like(x, 1, {in_shift ? 1 : 0}), ScalarType::Float);
-  bitinfer::cpu::PackActivations problem{rows.data, rows.k, rows.stride};
+  bitinfer::PackActivations problem{rows.data, rows.k, rows.stride};
   problem.in_scale = columns(op, "in_scale", in_scale, rows.k);
   problem.in_shift = columns(op, "in_shift", in_shift, rows.k);
   problem.bits = bits;
@@ -205,7 +205,7 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
   const Rows rows(op, "x", x);
   STD_TORCH_CHECK(rows.k == in_features, op, ": weight has in_features=", in_features, " but x has last dimension ",
                   rows.k, " (x.shape=", to_string(sizes_of(x)), ")");
-  bitinfer::cpu::SignGemm problem{rows.data, rows.m, rows.stride};
+  bitinfer::SignGemm problem{rows.data, rows.m, rows.stride};
   problem.in_scale = columns(op, "in_scale", in_scale, in_features);
   problem.in_shift = columns(op, "in_shift", in_shift, in_features);
   problem.weight = checked_weight(op, weight, in_features, weight_scale, group_shift, bias, group_size);
@@ -222,7 +222,7 @@ Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTe
   const char* op = "popcount_gemm";
   check_sizes(op, block_size, group_size);
   const Dtype out = float_dtype(op, "dtype", dtype);
-  bitinfer::cpu::PopcountGemm problem{};
+  bitinfer::PopcountGemm problem{};
   problem.weight = checked_weight(op, weight, in_features, weight_scale, group_shift, bias, group_size);
   STD_TORCH_CHECK(in_features <= kMaxIntegerColumns, op, ": in_features=", in_features,
                   ", but sums in int32 hold at most ", kMaxIntegerColumns);

@@ -4,6 +4,7 @@
 
 #include "check.h"
 
+using namespace bitinfer;
 using namespace bitinfer::cpu;
 
 namespace {

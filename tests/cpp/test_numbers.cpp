@@ -5,6 +5,7 @@
 #include "check.h"
 #include "cpu/numbers.h"
 
+using namespace bitinfer;
 using namespace bitinfer::cpu;
 
 int main() {
