@@ -42,6 +42,11 @@ def which(tool: str) -> str | None:
     return shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
 
 
+def nvcc() -> str | None:
+    # where CMake looks too
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc")
+
+
 def obstacle() -> str | None:
     """Return why the compiled parts cannot be built, None if they can."""
     if enabled("BITINFER_NO_NATIVE"):
@@ -123,10 +128,10 @@ class BuildNative(build_ext):
             cuda_reason = reason
         elif os.environ.get("BITINFER_CUDA") and not enabled("BITINFER_CUDA"):
             cuda_reason = "BITINFER_CUDA=0 was set when it was built"
-        elif not any((ROOT / "csrc" / "cuda").glob("*.cu")):
-            cuda_reason = "this version has no CUDA kernels"
-        else:
+        elif nvcc() is None:
             cuda_reason = "no nvcc was found when it was built"
+        else:
+            cuda_reason = f"CMake could not use {nvcc()} when it was built (pip install -v shows why)"
         return {
             "version": self.distribution.get_version(),
             "native": reason is None,

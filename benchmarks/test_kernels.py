@@ -1,4 +1,4 @@
-"""The kernels under pytest-benchmark, for comparing commits: the cases of ``bitinfer bench kernels``.
+"""The CPU kernels under pytest-benchmark, for comparing commits: the cases of ``bitinfer bench kernels``.
 
     python -m pytest benchmarks --benchmark-autosave
     python -m pytest benchmarks --benchmark-compare
@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from bitinfer.bench import parse_shapes
-from bitinfer.bench.kernels import Case, dense_cases, gemm_cases, pack_case
+from bitinfer.bench.cpu import dense_cases, gemm_cases, pack_case
 from bitinfer.bench.machine import describe
+from bitinfer.bench.report import Case
 
 SHAPES = parse_shapes(os.environ.get("BITINFER_BENCH_SHAPES", "768x768,2048x768"))
 TOKENS = [int(m) for m in os.environ.get("BITINFER_BENCH_TOKENS", "1,16").split(",")]

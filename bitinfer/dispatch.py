@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
 
+import torch
+
 from bitinfer.backends.base import Backend, Problem
 from bitinfer.backends.cpu import CPUBackend
+from bitinfer.backends.cuda import CUDABackend
 from bitinfer.backends.reference import ReferenceBackend
 from bitinfer.errors import BackendError
 
 # In order of preference; the reference runs everything and comes last.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CUDABackend(), CPUBackend(), ReferenceBackend())}
 
 _forced: ContextVar[str | None] = ContextVar("bitinfer_forced_backend", default=None)
 
@@ -38,7 +41,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def explain(problem: Problem) -> dict[str, str | None]:
     """Return for every backend, in order of preference, why it cannot run ``problem``, or None if it can."""
-    return {name: b.unavailable() or b.unsupported(problem) for name, b in BACKENDS.items()}
+    # unsupported() first: a problem on the CPU asks nothing of a GPU, which would start the driver in this process
+    return {name: b.unsupported(problem) or b.unavailable() for name, b in BACKENDS.items()}
 
 
 def select(problem: Problem) -> Backend:
@@ -69,8 +73,10 @@ def _select(problem: Problem, forced: str | None) -> Backend:
 @cache
 def _warn_slow(device: str) -> None:
     """Say once per device that only the slow path runs there, and why."""
-    faster = {name: b.unavailable() for name, b in BACKENDS.items() if name != "reference"}
-    reasons = "; ".join(f"{name}: {reason or f'it has no kernels for {device}'}" for name, reason in faster.items())
+    faster = explain(Problem("sign_gemm", device, torch.float32))
+    reasons = "; ".join(
+        f"{name}: {reason or 'it does not take this problem'}" for name, reason in faster.items() if name != "reference"
+    )
     warnings.warn(
         f"bitinfer runs {device} tensors on the pure torch reference backend, which is slow ({reasons}). "
         "`bitinfer doctor` tells more.",

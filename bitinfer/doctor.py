@@ -1,34 +1,36 @@
 """Say what was built, what runs on this machine and why not, and what to do about each thing that is missing."""
 
-import json
 import os
 import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitinfer import ops
+from bitinfer.backends.cuda import LIBRARY, CUDABackend
 from bitinfer.bench.machine import active_isa, device_name
+from bitinfer.build_record import REBUILD, REBUILD_CUDA, read_build_record, reason_left_out
 from bitinfer.dispatch import BACKENDS, use_backend
 from bitinfer.testing.oracle import exact_linear, fp_error_bound
 from bitinfer.testing.problems import EVERYTHING, FBI, ONEBIT, GemmProblem
 
-BUILD_RECORD = Path(__file__).with_name("_build.json")
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "scikit-learn")
 VARIABLES = {
     "BITINFER_BACKEND": "forces a backend",
     "BITINFER_CPU_ISA": "forces an instruction set of the cpu backend",
+    "BITINFER_CUDA_KERNEL": "forces a kernel variant of the cuda backend",
     "BITINFER_DEBUG": "shows tracebacks",
     "OMP_NUM_THREADS": "sets the threads of torch and of the kernels",
     "TRITON_INTERPRET": "runs Triton kernels in its slow interpreter",
 }
-REBUILD = "pip install --no-build-isolation ."
 DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}  # where a backend is tested; others are a GPU's
+SHOWN_KERNELS = (("sign_gemm", 0), ("popcount_gemm", 8), ("popcount_gemm", 1))  # op, bits of the activations
+SHOWN_TOKENS = (1, 16, 64, 256, 2048)
+SHOWN_SHAPE = (4096, 4096)  # outputs, inputs
 SELF_TEST = (
     GemmProblem("fbi", 3, 37, 300, FBI),
     GemmProblem("onebit", 2, 65, 128, ONEBIT, bias=True),
@@ -59,6 +61,8 @@ class Diagnosis:
         backends: in order of preference.
         instruction_sets: those of the cpu backend in order of preference, ``{name, supported, reason}`` each.
         active_instruction_set: the one that runs, or None without compiled code.
+        cuda_kernels: which variant serves 4096 x 4096 weights on the current GPU, by op and tokens:
+            ``{op, activations, kernels: {tokens: name}}``; empty where no CUDA kernel runs.
         variables: environment variables that are set and change what runs.
         problems: what is wrong or missing, each with the next step: ``{problem, next_step, serious}``.
     """
@@ -71,6 +75,7 @@ class Diagnosis:
     backends: list[BackendState]
     instruction_sets: list[dict[str, Any]]
     active_instruction_set: str | None
+    cuda_kernels: list[dict[str, Any]]
     variables: dict[str, str]
     problems: list[dict[str, Any]]
 
@@ -113,18 +118,10 @@ def diagnose() -> Diagnosis:
         backends=backends,
         instruction_sets=sets,
         active_instruction_set=active,
+        cuda_kernels=_cuda_kernels(report),
         variables=variables,
         problems=problems,
     )
-
-
-def read_build_record(path: Path = BUILD_RECORD) -> dict[str, Any]:
-    """Return what the build wrote about itself, ``{}`` if it wrote nothing that can be read."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def self_test(backend: str, device: str = "cpu") -> str | None:
@@ -199,10 +196,31 @@ def _cpu_reason(build: dict[str, Any]) -> str | None:
 
 
 def _cuda_reason(build: dict[str, Any]) -> str | None:
-    """Return why there are no CUDA kernels, None if there are."""
-    if "cuda" in BACKENDS:
-        return BACKENDS["cuda"].unavailable()
-    return str(build.get("cuda_reason") or "not built")
+    """Return why the CUDA library cannot be used under this torch, None if it can; there need be no GPU."""
+    failure = _cuda().library_failure
+    return failure if failure is None or LIBRARY.exists() else reason_left_out("cuda", build)
+
+
+def _cuda() -> CUDABackend:
+    backend = BACKENDS["cuda"]
+    assert isinstance(backend, CUDABackend)
+    return backend
+
+
+def _cuda_kernels(report: Callable[..., None]) -> list[dict[str, Any]]:
+    """Ask the CUDA library which of its kernels it would choose."""
+    n, k = SHOWN_SHAPE
+    rows: list[dict[str, Any]] = []
+    for op, bits in SHOWN_KERNELS:
+        try:
+            kernels = {m: _cuda().kernel(op, m, n, k, bits) for m in SHOWN_TOKENS}
+        except RuntimeError as error:  # a variant that is forced and cannot run it
+            step = "unset BITINFER_CUDA_KERNEL, or set it to one that runs the problem"
+            report(str(error).splitlines()[0], step, serious=True)
+            continue
+        if None not in kernels.values():
+            rows.append({"op": op, "activations": f"int{bits}" if bits else "fp16", "kernels": kernels})
+    return rows
 
 
 def _report_build(build: dict[str, Any], cpu: bool, cuda: bool, report: Callable[..., None]) -> None:
@@ -223,14 +241,7 @@ def _report_build(build: dict[str, Any], cpu: bool, cuda: bool, report: Callable
         else:
             next_step = f"mend that, then run: {REBUILD}"
         report(f"no CPU kernels: {reason or 'not built'}; the pure torch reference runs instead, slowly", next_step)
-    if not cuda and torch.cuda.is_available():
-        missing = str(_cuda_reason(build))
-        report(
-            f"torch sees a GPU but there are no CUDA kernels: {missing}",
-            "keep models on the CPU for speed; on the GPU they run on the slow reference"
-            if "this version" in missing
-            else f"with nvcc on the PATH run: BITINFER_CUDA=1 {REBUILD}",
-        )
+    _report_cuda(build, cuda, report)
     built_for = build.get("version")
     from bitinfer import __version__
 
@@ -240,6 +251,21 @@ def _report_build(build: dict[str, Any], cpu: bool, cuda: bool, report: Callable
             f"rebuild: {REBUILD}",
             serious=True,
         )
+
+
+def _report_cuda(build: dict[str, Any], loads: bool, report: Callable[..., None]) -> None:
+    gpu = torch.cuda.is_available()
+    missing = _cuda_reason(build)
+    if loads and gpu and _cuda().gpu_failure:
+        report(f"the CUDA kernels cannot run: {_cuda().gpu_failure}", "keep models on the CPU, or hide that GPU")
+    elif missing is None:
+        return
+    elif LIBRARY.exists() and torch.version.cuda is None:
+        report(f"the CUDA kernels are {missing}", "to use a GPU install a torch with CUDA: https://pytorch.org")
+    elif LIBRARY.exists():
+        report(f"the CUDA kernels are {missing}", f"rebuild against this torch: {REBUILD}", serious=True)
+    elif gpu:
+        report(f"torch sees a GPU but there are no CUDA kernels: {missing}", REBUILD_CUDA)
 
 
 def _report_versions(report: Callable[..., None]) -> None:

@@ -163,6 +163,12 @@ def diagnosis(report: "Diagnosis") -> RenderableType:
             there = _coloured("yes" if isa["supported"] else f"no: {isa['reason']}")
             sets.add_row(isa["name"], there, "runs" if isa["name"] == report.active_instruction_set else "")
         parts.append(sets)
+    if report.cuda_kernels:
+        tokens = list(report.cuda_kernels[0]["kernels"])
+        kernels = Table("op", *(f"M={m}" for m in tokens), title="CUDA kernels at 4096 x 4096", title_justify="left")
+        for row in report.cuda_kernels:
+            kernels.add_row(f"{row['op']} {row['activations']}", *row["kernels"].values())
+        parts.append(kernels)
     if report.variables:
         variables = _facts("environment variables that change what runs")
         for name, value in report.variables.items():
@@ -180,48 +186,46 @@ def diagnosis(report: "Diagnosis") -> RenderableType:
 def benchmark(report: "BenchReport") -> RenderableType:
     """Show the timings of the kernels, a table for each shape."""
     m = report.machine
+    runs_on = f"{m['threads']} threads" if m["device"] == "cpu" else f"driver {m['driver']}, CUDA {m['cuda']}"
     head = (
-        f"{m['device_name']}, {m['threads']} threads, torch {m['torch']}, bitinfer {m['bitinfer']} "
-        f"({m['commit'] or 'no commit known'}); memory reads at {report.bandwidth_gb_per_s:.1f} GB/s"
+        f"{m['device_name']}, {runs_on}, torch {m['torch']}, bitinfer {m['bitinfer']} "
+        f"({m['commit'] or 'no commit known'}); memory reads at {report.bandwidth_gb_per_s:,.1f} GB/s"
     )
     by_shape = defaultdict(list)
     for row in report.measurements:
         by_shape[row.n, row.k].append(row)
+    peers = list(dict.fromkeys(peer for row in report.measurements for peer in row.ratios))
+    left = ["op", "activations", "kernel"] if m["device"] == "cuda" else ["op", "activations", "backend"]
+    digits = 1 if m["device"] == "cpu" else 2
     parts: list[RenderableType] = [escape(head)]
     for (n, k), rows in by_shape.items():
         table = Table(title=f"{n} x {k}", title_justify="left")
-        for name in (
-            "M",
-            "op",
-            "activations",
-            "backend",
-            "median us",
-            "IQR us",
-            "GB/s",
-            "of memory",
-            "x fp32",
-            "x bf16",
-        ):
-            table.add_column(name, justify="left" if name in ("op", "activations", "backend") else "right")
+        names = ["M", *left, "median us", "IQR us", "GB/s", "of memory", "TOPS"]
+        for name in (*names, *(f"x {peer.removeprefix('F.linear ')}" for peer in peers)):
+            table.add_column(name, justify="left" if name in left else "right")
         for row in sorted(rows, key=lambda row: row.m):
-            ratios = ("" if r is None else f"{r:.2f}" for r in (row.ratio_fp32, row.ratio_bf16))
             table.add_row(
                 str(row.m or "-"),
                 row.op,
                 row.activations,
-                row.backend,
-                f"{row.median_us:.1f}",
-                f"{row.iqr_us:.1f}",
+                row.kernel or row.backend,
+                f"{row.median_us:.{digits}f}",
+                f"{row.iqr_us:.{digits}f}",
                 f"{row.gb_per_s:.2f}",
                 f"{row.bandwidth_share:.1%}",
-                *ratios,
+                "" if row.tops is None else f"{row.tops:,.{2 if row.tops < 10 else 0}f}",
+                *(f"{row.ratios[peer]:.2f}" if peer in row.ratios else "" for peer in peers),
             )
         parts.append(table)
     if m["load"] > m["cores"] / 2:
         parts.append(
             f"[yellow]note:[/] other programs kept this machine busy (load {m['load']:.1f}): run again when idle"
         )
-    parts.append("M: tokens. GB/s: bytes of the weight over the median. x fp32, x bf16: times faster than F.linear.")
+    parts += _notes(report.notes)
+    parts.append(
+        "M: tokens. GB/s: bytes of the weight over the median. TOPS: 2 M N K over the median. x ...: times faster than "
+        "F.linear of that dtype, or than that peer."
+    )
     return Group(*parts)
 
 

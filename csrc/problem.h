@@ -19,7 +19,7 @@ struct Floats {
   const void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
   Floats operator+(int64_t elements) const {
     return {static_cast<const std::byte*>(data) + elements * element_size(dtype), dtype};
   }
@@ -64,8 +64,8 @@ struct Weight {
   Floats bias = {};         // [n]
   int64_t group_size = 0;   // 0: one group
 
-  int64_t words() const { return words_per_row(k); }
-  int64_t groups() const { return group_count(k, group_size); }
+  constexpr int64_t words() const { return words_per_row(k); }
+  constexpr int64_t groups() const { return group_count(k, group_size); }
 };
 
 // y[t, n] = sum_p sum_g scale * (S_p z[t])_g + group_shift * sum z + in_shift . x[t] + bias,  z = in_scale * x
@@ -87,9 +87,9 @@ struct PopcountGemm {
   Weight weight = {};
   Output y = {};  // [m, n]
 
-  int64_t blocks() const { return group_count(weight.k, block_size); }
-  int64_t segment() const { return segment_size(block_size, weight.group_size); }
-  int64_t segments() const { return group_count(weight.k, segment()); }
+  constexpr int64_t blocks() const { return group_count(weight.k, block_size); }
+  constexpr int64_t segment() const { return segment_size(block_size, weight.group_size); }
+  constexpr int64_t segments() const { return group_count(weight.k, segment()); }
 };
 
 // y[t] = (a[t] - mean) / sqrt(variance + eps) + bias over the n outputs of a token, statistics in double

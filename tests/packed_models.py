@@ -89,7 +89,7 @@ def save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
 def logits(model: nn.Module) -> torch.Tensor:
     """Return the logits of a fixed input."""
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits
 
 
 def packed_names(model: nn.Module) -> list[str]:

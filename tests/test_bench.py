@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bitinfer.backends.reference import ReferenceBackend
-from bitinfer.bench import SHAPES, bench_kernels, kernels, machine, parse_shapes
+from bitinfer.bench import SHAPES, bench_kernels, cpu, machine, parse_shapes, parse_tokens
+from bitinfer.bench.report import Measurement, fill_ratios, wanted
 from bitinfer.dispatch import BACKENDS, use_backend
 from bitinfer.errors import BackendError
 
@@ -15,8 +16,8 @@ from bitinfer.errors import BackendError
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
     """Pretend that caches are small, so that little memory holds cold weights."""
-    monkeypatch.setattr(kernels, "cache_bytes", lambda: 1 << 16)
-    monkeypatch.setattr(kernels, "read_bandwidth", lambda: 2e9)
+    monkeypatch.setattr(cpu, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cpu, "read_bandwidth", lambda: 2e9)
 
 
 def test_every_op_is_measured():
@@ -47,18 +48,18 @@ def test_figures_follow_from_the_times():
         assert row.gb_per_s == pytest.approx(row.weight_bytes / row.median_us / 1e3)
         assert row.bandwidth_share == pytest.approx(row.gb_per_s / 2)
         if row.op.endswith("_gemm"):
-            assert row.ratio_fp32 == pytest.approx(dense["fp32"] / row.median_us)
-            assert row.ratio_bf16 == pytest.approx(dense["bf16"] / row.median_us)
+            assert row.ratios == {f"F.linear {a}": pytest.approx(us / row.median_us) for a, us in dense.items()}
+            assert row.tops == pytest.approx(2 * 2 * 64 * 128 / row.median_us / 1e6)
             assert row.weight_bytes == 64 * 128 // 8 + (2 * 4 * 128 if row.op == "sign_gemm" else 0)
         else:
-            assert row.ratio_fp32 is None
+            assert row.ratios == {} and (row.tops is None) == row.op.startswith("pack")
 
 
 def test_weights_are_cold():
-    for case in (*kernels.gemm_cases(64, 128, [1]), *kernels.dense_cases(64, 128, [1]), kernels.pack_case(64, 128)):
+    for case in (*cpu.gemm_cases(64, 128, [1]), *cpu.dense_cases(64, 128, [1]), cpu.pack_case(64, 128)):
         if case.op != "pack_activations":
             assert case.copies * case.weight_bytes >= 2 * (1 << 16)
-    big = next(kernels.dense_cases(512, 512, [1]))
+    big = next(cpu.dense_cases(512, 512, [1]))
     assert big.copies == 2  # larger than the cache: two take turns
 
 
@@ -117,7 +118,8 @@ def test_shapes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "device must be 'cpu', got 'cuda'"),
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
+        ({"only": ["int8", "sign_gem"]}, "ops: 'sign_gem' names none of sign_gemm fp32, "),
         ({"tokens": []}, "tokens must be at least 1"),
         ({"tokens": [0]}, "tokens must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
@@ -126,6 +128,32 @@ def test_shapes():
 def test_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         bench_kernels([(8, 32)], **{"tokens": [1], **options})
+
+
+def test_tokens():
+    assert parse_tokens("1,16, 3") == [1, 16, 3]
+    assert parse_tokens("1..4096") == [1 << i for i in range(13)]
+    assert parse_tokens("3..20,6") == [3, 6, 12]
+    for text in ("", "0", "1,x", "1..", "1..2..3", "-1", "1.5"):
+        with pytest.raises(ValueError, match="tokens:"):
+            parse_tokens(text)
+
+
+def test_a_choice_of_ops():
+    report = bench_kernels([(40, 96)], [1, 2], seconds=0.001, only=["sign_gemm", "popcount_gemm int4"])
+    kinds = {(row.op, row.activations) for row in report.measurements}
+    ours = {("sign_gemm", "fp32"), ("sign_gemm", "bf16"), ("popcount_gemm", "int4")}
+    assert kinds == {("F.linear", "fp32"), ("F.linear", "bf16"), *ours}
+    assert wanted("sign_gemm", "fp16", []) and wanted("a", "int8", ["int8"]) and not wanted("a", "int8", ["a int4"])
+
+
+def test_ratios_compare_equal_numbers_of_tokens():
+    def row(op, m, us):
+        return Measurement(op, "fp16", "", m, 8, 32, 1, us, 0.0, 1, 1.0, 1.0)
+
+    rows = [row("F.linear", 1, 6.0), row("F.linear", 2, 8.0), row("sign_gemm", 2, 2.0), row("pack_activations", 2, 1.0)]
+    fill_ratios(rows)
+    assert [r.ratios for r in rows] == [{}, {}, {"F.linear fp16": 4.0}, {}]
 
 
 def test_another_instruction_set_is_refused():

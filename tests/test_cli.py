@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import bitinfer
 from bitinfer import cli
+from bitinfer.dispatch import BACKENDS
 from bitinfer.formats import FORMATS
 from bitinfer.formats.latent import METHODS
 
@@ -187,15 +188,16 @@ def test_doctor_fails_on_what_is_broken(monkeypatch):
 
 
 def test_bench_kernels(tmp_path, monkeypatch):
-    from bitinfer.bench import kernels
+    from bitinfer.bench import cpu
 
-    monkeypatch.setattr(kernels, "cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cpu, "cache_bytes", lambda: 1 << 16)
     file = tmp_path / "results.json"
     text = run("bench", "kernels", "--shapes", "40x64", "--m", "1,2", "--threads", 1, "--json", file).stdout
     assert "40 x 64" in text and "sign_gemm" in text and "GB/s" in text
     stored = json.loads(file.read_text())
     assert {row["m"] for row in stored["measurements"]} == {0, 1, 2} and stored["machine"]["threads"] == 1
-    assert json.loads(run("bench", "kernels", "--shapes", "8x32", "--m", 1, "--json", "-").stdout)["machine"]
+    few = json.loads(run("bench", "kernels", "--shapes", "8x32", "--tokens", 1, "--ops", "int8", "--json", "-").stdout)
+    assert {row["op"] for row in few["measurements"]} == {"F.linear", "popcount_gemm", "pack_activations"}
 
 
 # errors
@@ -254,7 +256,12 @@ def test_files_that_are_wrong(folders, tmp_path):
     fails("eval", folders["packed"], "--text", latin, says=r"not UTF-8 text \(byte 1\)")
     fails("eval", folders["packed"], "--text", folders["text"], "--window", 4096, says="reads 128 tokens at most")
     fails("bench", "kernels", "--shapes", "13b", says="'13b' is neither")
-    fails("bench", "kernels", "--device", "cuda", says="must be 'cpu'")
+    fails("bench", "kernels", "--device", "tpu", says="must be 'cpu' or 'cuda'")
+    fails("bench", "kernels", "--plot", latin.parent, says="--device cuda alone")
+    if BACKENDS["cuda"].unavailable():
+        fails(
+            "bench", "kernels", "--device", "cuda", says="device 'cuda' has no kernels here: .* see `bitinfer doctor`"
+        )
 
 
 def test_what_bitinfer_did_not_word_says_how_to_see_more(monkeypatch):

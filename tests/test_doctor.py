@@ -36,13 +36,15 @@ class Raises(ReferenceBackend):
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """Write a build record and take the compiled backend away, as an installation without it has neither."""
+    """Write a build record and take the compiled backends away, as an installation without them has none."""
 
     def write(cpu: str | None = "not there", **values):
         path = tmp_path / "_build.json"
         path.write_text(json.dumps({"version": None, "native": cpu is None, **values}))
         monkeypatch.setattr(doctor, "read_build_record", lambda: read_build_record(path))
         monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: cpu)
+        monkeypatch.setattr(doctor, "LIBRARY", tmp_path / "none.so")
+        monkeypatch.setattr(BACKENDS["cuda"], "library_failure", "not there")
         monkeypatch.setattr(doctor, "_check_backend", lambda name, report: doctor.BackendState(name, True, None))
         return {p["problem"]: p["next_step"] for p in diagnose().problems}, diagnose()
 
@@ -55,7 +57,11 @@ def test_this_installation():
     states = {backend.name: backend for backend in found.backends}
     assert states["reference"].self_test["cpu"] == "passed"
     cpu = BACKENDS["cpu"].unavailable()
-    assert states["cpu"].available == (cpu is None) and found.install == ("cpu only" if cpu is None else "pure python")
+    cuda = BACKENDS["cuda"].library_failure
+    assert states["cpu"].available == (cpu is None)
+    assert found.install == ("pure python" if cpu is not None else "cpu only" if cuda is not None else "full")
+    if BACKENDS["cuda"].unavailable() is None:
+        assert states["cuda"].self_test == {"cuda": "passed"} and states["reference"].self_test["cuda"] == "passed"
     if cpu is None:
         assert states["cpu"].self_test == {"cpu": "passed"}
         assert found.active_instruction_set in [isa["name"] for isa in found.instruction_sets if isa["supported"]]
@@ -94,7 +100,6 @@ def test_built_but_not_loading_is_serious(record):
     [
         ("BITINFER_CUDA=0 was set when it was built", "with nvcc on the PATH"),
         ("no nvcc was found when it was built", "with nvcc on the PATH"),
-        ("this version has no CUDA kernels", "keep models on the CPU"),
     ],
 )
 def test_a_gpu_without_kernels(record, monkeypatch, reason, step):

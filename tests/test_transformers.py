@@ -101,7 +101,10 @@ def test_a_dtype_without_kernels_is_refused(tmp_path):
 def test_device_map(tmp_path, device_map):
     model = pack(llama(), FBI)
     loaded = load(save(model, tmp_path), device_map=device_map)
-    assert torch.equal(logits(loaded).cpu(), logits(model))
+    if loaded.device.type == "cpu":
+        assert torch.equal(logits(loaded), logits(model))
+    else:  # "auto" takes a GPU where there is one
+        torch.testing.assert_close(logits(loaded).cpu(), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_on_disk(tmp_path):

@@ -1,152 +1,80 @@
-"""Time each op at the shapes of FBI-LLM, against ``F.linear`` in float32 and bfloat16 in the same run.
+"""Time the kernels of a device against their peers in the same run.
 
-Weights rotate through twice the last cache, since a real model never finds a layer's weights there. Nothing is timed
-before the same inputs gave the right result: the float64 oracle for floating point activations, equality with the
-reference backend for integer ones.
+Weights rotate through more than the last cache, since a real model never finds a layer's weights there. Nothing is
+timed before the same inputs gave the right result.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bitinfer import ops
-from bitinfer.backends.base import Problem
-from bitinfer.bench.machine import active_isa, cache_bytes, describe, read_bandwidth
-from bitinfer.dispatch import BACKENDS, select
+from bitinfer.bench import cpu, cuda
+from bitinfer.bench.machine import active_isa
+from bitinfer.bench.report import SHAPES, BenchReport, wanted
+from bitinfer.dispatch import BACKENDS
 from bitinfer.errors import BackendError
-from bitinfer.packing import WORD_BITS, unpack_signs, words_per_row
-from bitinfer.testing.oracle import exact_linear, fp_error_bound
-from bitinfer.weight import BinaryWeight
 
-# (out_features, in_features): attention, gate and up, down
-SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
-    "130m": ((768, 768), (2048, 768), (768, 2048)),
-    "1.3b": ((2048, 2048), (5632, 2048), (2048, 5632)),
-    "7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+DEFAULT_SHAPES = {
+    "cpu": (*SHAPES["130m"], *SHAPES["1.3b"], *SHAPES["7b"]),
+    "cuda": (*SHAPES["7b"], *SHAPES["7b-fused"], (8192, 8192)),
 }
-MAX_COPIES = 20_000  # reached by matrices of a few kilobytes alone
-CHECKED_ROWS = 64  # of a float64 product; the op computes every row
-CASES_PER_TOKENS = 9  # two dense, two of sign_gemm, four of popcount_gemm, one of pack_activations
-DENSE = {torch.float32: "F.linear fp32", torch.bfloat16: "F.linear bf16"}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@dataclass
-class Measurement:
-    """One timed call.
-
-    Attributes:
-        op: name of the op, or ``F.linear``.
-        activations: ``fp32``, ``bf16``, ``int8``, ...
-        backend: what ran it; ``torch`` for ``F.linear``.
-        m, n, k: tokens, output features, input features.
-        calls: how many calls were timed.
-        median_us, iqr_us: median and interquartile range of a call, microseconds.
-        weight_bytes: what a call reads of the weight (and writes, for packing ops).
-        gb_per_s: ``weight_bytes`` over the median, in 1e9 bytes per second.
-        bandwidth_share: that over the memory bandwidth measured in this process.
-        ratio_fp32, ratio_bf16: how many times faster than ``F.linear`` at the same shape; None where there is no equal.
-    """
-
-    op: str
-    activations: str
-    backend: str
-    m: int
-    n: int
-    k: int
-    calls: int
-    median_us: float
-    iqr_us: float
-    weight_bytes: int
-    gb_per_s: float
-    bandwidth_share: float
-    ratio_fp32: float | None = None
-    ratio_bf16: float | None = None
-
-
-@dataclass
-class BenchReport:
-    """All measurements of a run, and where it ran."""
-
-    machine: dict[str, Any]
-    bandwidth_gb_per_s: float
-    measurements: list[Measurement] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        return asdict(self)
-
-
-@dataclass
-class Case:
-    """A call to time: ``run(i)`` uses the i-th of ``copies`` weights; ``check()`` raises where the result is wrong."""
-
-    op: str
-    activations: str
-    backend: str
-    m: int
-    n: int
-    k: int
-    weight_bytes: int
-    copies: int
-    run: Callable[[int], Any]
-    check: Callable[[], None]
-
-
-def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """Read ``"130m,7b,4096x11008"``: names of :data:`SHAPES`, or ``NxK`` (outputs x inputs)."""
-    shapes: list[tuple[int, int]] = []
-    for part in filter(None, (p.strip().lower() for p in text.split(","))):
-        if part in SHAPES:
-            shapes += SHAPES[part]
-            continue
-        sizes = part.split("x")
-        if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise ValueError(f"shapes: {part!r} is neither one of {', '.join(SHAPES)} nor NxK like 4096x11008")
-        shapes.append((int(sizes[0]), int(sizes[1])))
-    if not shapes:
-        raise ValueError(f"shapes: give at least one of {', '.join(SHAPES)} or NxK like 4096x11008")
-    return list(dict.fromkeys(shapes))
+DEFAULT_TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 16, 64, 256, 2048)}
+OPS = {"cpu": cpu.OPS, "cuda": cuda.OPS}
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, int]] = SHAPES["130m"],
-    tokens: Sequence[int] = (1, 16, 128),
+    shapes: Sequence[tuple[int, int]] | None = None,
+    tokens: Sequence[int] | None = None,
     *,
     device: str = "cpu",
+    only: Sequence[str] = (),
     threads: int | None = None,
     isa: str | None = None,
     seconds: float = 0.3,
+    peers: Sequence[str] | None = None,
+    peer_seconds: float = cuda.PEER_SECONDS,
+    layout: str = "fbi",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BenchReport:
     """Measure every op at ``shapes`` and ``tokens``.
 
     Args:
-        shapes: pairs ``(out_features, in_features)``.
-        tokens: rows M of the activations.
-        device: ``"cpu"``, the one that has kernels.
-        threads: threads of torch and of the kernels while this runs; None leaves them.
-        isa: the instruction set that the cpu backend must be using; ``BITINFER_CPU_ISA`` is what forces it, before the
-            first op. None takes any.
-        seconds: how long to repeat each call (at least 7 calls).
+        shapes: pairs ``(out_features, in_features)``; None for a selection that suits the device.
+        tokens: rows M of the activations; None for a selection that suits the device.
+        device: ``"cpu"`` or ``"cuda"``.
+        only: ops (``sign_gemm``), activations (``int8``) or both (``"popcount_gemm int8"``) to measure; empty for all.
+            Peers are measured in any case.
+        threads: CPU only: threads of torch and of the kernels while this runs; None leaves them.
+        isa: CPU only: the instruction set that the cpu backend must be using; ``BITINFER_CPU_ISA`` is what forces it,
+            before the first op. None takes any.
+        seconds: CPU only: how long to repeat each call (at least 7 calls).
+        peers: CUDA only: which of :data:`bitinfer.bench.peers.PEERS` to measure; None for all that are installed.
+        peer_seconds: CUDA only: how long each peer that compiles at run time may take in all.
+        layout: CUDA only: the terms of the weight, a name of :data:`bitinfer.testing.problems.LAYOUTS`.
         progress: called with (measurements done, measurements in all, what runs next).
 
     Raises:
-        BackendError: a kernel gave a wrong result, and nothing is reported; or the cpu backend uses another ``isa``.
+        BackendError: a kernel gave a wrong result, and nothing is reported; or the device has no kernels here; or the
+            cpu backend uses another ``isa``.
         ValueError: an argument is out of range.
     """
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', got {device!r}: this version has kernels for no other")
+    if device not in DEFAULT_SHAPES:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}: there are kernels for no other")
+    shapes = DEFAULT_SHAPES[device] if shapes is None else shapes
+    tokens = DEFAULT_TOKENS[device] if tokens is None else tokens
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1, got {list(tokens)}")
+    for name in only:
+        if not any(wanted(op, activations, [name]) for op, activations in OPS[device]):
+            known = ", ".join(f"{op} {activations}" for op, activations in OPS[device])
+            raise ValueError(f"ops: {name!r} names none of {known}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if device == "cuda":
+        reason = BACKENDS["cuda"].unavailable()
+        if reason is not None:
+            raise BackendError(f"device 'cuda' has no kernels here: {reason}; see `bitinfer doctor`")
+        return cuda.bench(shapes, tokens, only, peers, peer_seconds, layout, progress)
     active = active_isa()
     if isa is not None and active != isa:
         raise BackendError(
@@ -156,185 +84,6 @@ def bench_kernels(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        report = BenchReport({"device": device, **describe()}, read_bandwidth() / 1e9)
-        done, total = 0, len(shapes) * (1 + len(tokens) * CASES_PER_TOKENS)
-        for n, k in shapes:
-            first = len(report.measurements)
-            for case in _cases(n, k, tokens):
-                if progress is not None:
-                    progress(done, total, f"{case.op} {case.activations}  {n} x {k}  M={case.m}")
-                report.measurements.append(measure(case, seconds, report.bandwidth_gb_per_s))
-                done += 1
-            _fill_ratios(report.measurements[first:])
-        if progress is not None:
-            progress(total, total, "done")
-        return report
+        return cpu.bench(shapes, tokens, only, seconds, progress)
     finally:
         torch.set_num_threads(threads_before)
-
-
-def measure(case: Case, seconds: float, bandwidth_gb_per_s: float) -> Measurement:
-    """Check a case, then time it."""
-    case.check()
-    with torch.inference_mode():
-        times = _time(case, seconds)
-    quarters = statistics.quantiles(times, n=4)
-    speed = case.weight_bytes / quarters[1] / 1e9
-    return Measurement(
-        case.op,
-        case.activations,
-        case.backend,
-        case.m,
-        case.n,
-        case.k,
-        len(times),
-        quarters[1] * 1e6,
-        (quarters[2] - quarters[0]) * 1e6,
-        case.weight_bytes,
-        speed,
-        speed / bandwidth_gb_per_s,
-    )
-
-
-def gemm_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
-    """Yield the ops that multiply by a packed weight ``[n, k]`` laid out as FBI-LLM's, for each number of tokens."""
-    weights = _packed_copies(n, k)
-    for m in tokens:
-        x32 = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-        for dtype in (torch.float32, torch.bfloat16):
-            x = x32.to(dtype)
-            backend = select(Problem("sign_gemm", "cpu", dtype, m=m, n=n, k=k)).name
-
-            def run(i: int, x: Tensor = x) -> Tensor:
-                return ops.binary_linear(x, weights[i])
-
-            def check(x: Tensor = x) -> None:
-                _check_sign_gemm(x, weights[0])
-
-            yield Case("sign_gemm", SHORT[dtype], backend, m, n, k, weights[0].nbytes, len(weights), run, check)
-        for bits in (8, 4, 2, 1):
-            yield from _integer_cases(x32, weights, bits)
-
-
-def dense_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
-    """Yield ``F.linear`` with a dense ``[n, k]`` in float32 and bfloat16, for each number of tokens."""
-    for dtype in DENSE:
-        one = torch.randn(n, k, dtype=dtype)
-        copies = one.repeat(_copies(one.nbytes), 1, 1)
-        for m in tokens:
-            x = torch.randn(m, k, dtype=dtype)
-
-            def run(i: int, x: Tensor = x, copies: Tensor = copies) -> Tensor:
-                return F.linear(x, copies[i])
-
-            yield Case("F.linear", SHORT[dtype], "torch", m, n, k, one.nbytes, len(copies), run, lambda: None)
-
-
-def pack_case(n: int, k: int) -> Case:
-    """Return the packing of a dense float32 ``[n, k]``; its bytes are those read and those written."""
-    one = torch.randn(n, k)
-    copies = one.repeat(_copies(one.nbytes), 1, 1)
-    backend = select(Problem("pack_signs", "cpu", torch.float32)).name
-
-    def check() -> None:
-        expected = torch.where(one < 0, -1.0, 1.0)
-        if not torch.equal(unpack_signs(ops.pack_signs(one), k), expected):
-            raise BackendError(f"pack_signs: backend {backend!r} packed wrong bits at {n} x {k}; nothing was timed")
-
-    moved = one.nbytes + 4 * n * words_per_row(k)
-    return Case("pack_signs", "fp32", backend, 0, n, k, moved, len(copies), lambda i: ops.pack_signs(copies[i]), check)
-
-
-def _cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
-    """Yield the cases of a shape; each generator frees its weights before the next one allocates."""
-    yield from dense_cases(n, k, tokens)
-    yield from gemm_cases(n, k, tokens)
-    yield pack_case(n, k)
-
-
-def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterator[Case]:
-    first, (m, k) = weights[0], x.shape
-    n = first.out_features
-    planes, scale, total, shift = ops.pack_activations(x, bits, in_scale=first.in_scale, in_shift=first.in_shift)
-    backend = select(Problem("popcount_gemm", "cpu", x.dtype, bits, m=m, n=n, k=k)).name
-
-    def run(i: int) -> Tensor:
-        return ops.popcount_gemm(planes, scale, total, shift, weights[i].signs, k)
-
-    def check() -> None:
-        arguments = (planes, scale, total, shift, first.signs, k, None, None, None, 0, 0, None, torch.float32)
-        if not torch.equal(run(0), BACKENDS["reference"].popcount_gemm(*arguments)):
-            raise BackendError(
-                f"popcount_gemm: backend {backend!r} differs from the reference at M={m} N={n} K={k} bits={bits}; "
-                "nothing was timed"
-            )
-
-    yield Case("popcount_gemm", f"int{bits}", backend, m, n, k, first.signs.nbytes, len(weights), run, check)
-    if bits == 8:
-        backend = select(Problem("pack_activations", "cpu", x.dtype, bits, m=m, k=k)).name
-
-        def pack(i: int) -> Any:
-            return ops.pack_activations(x, bits, in_scale=first.in_scale, in_shift=first.in_shift)
-
-        def check_pack() -> None:
-            expected = BACKENDS["reference"].pack_activations(x, first.in_scale, first.in_shift, bits, 0, 0)
-            if not torch.equal(pack(0)[0].view(torch.int32), expected[0].view(torch.int32)):
-                raise BackendError(
-                    f"pack_activations: backend {backend!r} differs from the reference at M={m} K={k}; "
-                    "nothing was timed"
-                )
-
-        moved = x.nbytes + planes.nbytes
-        yield Case("pack_activations", "int8", backend, m, n, k, moved, len(weights), pack, check_pack)
-
-
-def _packed_copies(n: int, k: int) -> list[BinaryWeight]:
-    words = words_per_row(k)
-    generator = torch.Generator().manual_seed(0)
-    copies = _copies(4 * n * words)
-    signs = torch.randint(-(1 << 31), 1 << 31, (copies, n, words), dtype=torch.int32, generator=generator)
-    if k % WORD_BITS:
-        signs[..., -1] &= (1 << k % WORD_BITS) - 1
-    in_scale, in_shift = torch.randn(2, 1, k, generator=generator)
-    return [BinaryWeight(block.view(torch.uint32), k, in_scale=in_scale, in_shift=in_shift) for block in signs]
-
-
-def _copies(nbytes: int) -> int:
-    """How many weights of ``nbytes`` make twice the last cache; at least two, and no more than MAX_COPIES."""
-    return min(max(2, -(-2 * cache_bytes() // nbytes)), MAX_COPIES)
-
-
-def _check_sign_gemm(x: Tensor, weight: BinaryWeight) -> None:
-    """Compare some rows with the float64 oracle: the first, the last and others between."""
-    rows = torch.linspace(0, weight.out_features - 1, min(CHECKED_ROWS, weight.out_features)).long()
-    signs = weight.signs.view(torch.int32)[rows].view(torch.uint32)
-    part = BinaryWeight(signs, weight.in_features, in_scale=weight.in_scale, in_shift=weight.in_shift)
-    error = (ops.binary_linear(x, weight)[:, rows].double() - exact_linear(x, part)).abs().max().item()
-    bound = fp_error_bound(x, part)
-    if not error <= bound:
-        raise BackendError(
-            f"sign_gemm: error {error:.3g} against float64 exceeds {bound:.3g} at M={x.shape[0]} "
-            f"N={weight.out_features} K={weight.in_features} {x.dtype}; nothing was timed"
-        )
-
-
-def _time(case: Case, seconds: float) -> list[float]:
-    """Return the seconds of each call; every call meets the next of the rotating weights."""
-    times: list[float] = []
-    for i in range(min(case.copies, 3)):
-        case.run(i)
-    end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 10_000):
-        i = (len(times) + 3) % case.copies
-        start = time.perf_counter()
-        case.run(i)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def _fill_ratios(measurements: list[Measurement]) -> None:
-    dense = {(r.activations, r.m): r.median_us for r in measurements if r.op == "F.linear"}
-    for row in measurements:
-        if row.op in ("sign_gemm", "popcount_gemm"):
-            row.ratio_fp32 = dense["fp32", row.m] / row.median_us
-            row.ratio_bf16 = dense["bf16", row.m] / row.median_us

@@ -6,7 +6,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,20 @@ from bitinfer.dispatch import BACKENDS
 
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 64 << 20  # where the machine does not say
+READ_BYTES = 4 << 30  # of a GPU's memory, to measure how fast it is read
+# 1e12 operations per second of the matrix units, measured by loops of one instruction: wgmma b1 AND.POPC over the bits
+# of the activation for integers; wgmma fp16 and fp8
+PEAK_TOPS = {
+    "NVIDIA H200": {
+        "int1": 15_525.0,
+        "int2": 7_760.0,
+        "int4": 3_880.0,
+        "int8": 1_940.0,
+        "fp8": 1_880.0,
+        "fp16": 970.0,
+        "bf16": 970.0,
+    },
+}
 
 
 def cache_bytes() -> int:
@@ -64,10 +80,13 @@ def active_isa() -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree that this package runs from, or None when it was installed from a wheel."""
+    """Return the commit of the source tree that this package runs from, or None when it was installed from a wheel.
+
+    ``BITINFER_COMMIT`` says it for a copy of the tree that came without its history.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("BITINFER_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -91,3 +110,67 @@ def describe() -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def l2_bytes() -> int:
+    """Return the size of the current GPU's last cache."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
+def gpu_read_bandwidth() -> float:
+    """Measure how fast the current GPU reads its memory, in bytes per second: the fastest of a few torch reductions."""
+    free, _ = torch.cuda.mem_get_info()
+    buffer = torch.ones(min(READ_BYTES, free // 2) // 4, device="cuda")
+    half = buffer.view(torch.float16)
+    readers: list[Callable[[], object]] = [buffer.sum, buffer.amax, half.amax]
+    best = 0.0
+    for reader in readers:
+        times = []
+        for _ in range(8):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            reader()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        best = max(best, buffer.nbytes / statistics.median(times[1:]))
+    return best
+
+
+def describe_gpu() -> dict[str, Any]:
+    """Return what a reader needs to compare two reports of a GPU, ready for JSON."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = properties.name
+    return {
+        **describe(),
+        "device_name": name,
+        "processor": device_name(),
+        "isa": None,
+        "cache_bytes": l2_bytes(),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "forced_kernel": os.environ.get("BITINFER_CUDA_KERNEL") or None,
+        "peak_tops": PEAK_TOPS.get(name, {}),
+        **{name: installed(name) for name in ("triton", "gemlite", "humming-kernels")},
+    }
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, or None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(result.stdout.split()), None)
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,230 @@
+// The torch side of the CUDA ops: device and stream, scratch memory, and the launch of the kernel that select.h names.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <mutex>
+
+#include "../checked_tensors.h"
+#include "pack_activations.h"
+#include "popcount_gemm_tiled.h"
+#include "popcount_gemm_wgmma.h"
+#include "select.h"
+#include "sign_gemm_tiled.h"
+#include "sign_gemm_wgmma.h"
+
+// torch's headers declare it only where they are compiled for CUDA
+#ifndef USE_CUDA
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace {
+
+using namespace bitinfer;
+using bitinfer::cuda::Device;
+using bitinfer::cuda::Kernel;
+using bitinfer::cuda::Launch;
+
+constexpr int kMaxDevices = 64;
+
+void check(const Call& call, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it, or the next call would find it
+  STD_TORCH_CHECK(false, call.op, ": CUDA says: ", cudaGetErrorString(error));
+}
+
+const Device& device_of(const Call& call, int32_t index) {
+  static std::once_flag asked[kMaxDevices];
+  static Device devices[kMaxDevices];
+  STD_TORCH_CHECK(index >= 0 && index < kMaxDevices, call.op, ": GPU index ", index, " is past ", kMaxDevices - 1);
+  std::call_once(asked[index], [&] {
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      check(call, cudaDeviceGetAttribute(&value, name, index));
+      return value;
+    };
+    devices[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  });
+  return devices[index];
+}
+
+// A call on the device of a tensor, current while this lives, and torch's stream there.
+struct OnDevice {
+  Call call;
+  torch::stable::accelerator::DeviceGuard guard;
+  Launch launch;
+
+  OnDevice(const char* op, const Tensor& tensor)
+      : call{op, aoti_torch_device_type_cuda(), tensor.get_device_index()}, guard(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device_index, &stream));
+    launch = {static_cast<cudaStream_t>(stream), device_of(call, call.device_index)};
+  }
+
+  // Memory for as long as the tensor lives, and afterwards until the stream has got so far.
+  Tensor bytes(int64_t count) const { return empty(call, {count}, ScalarType::Byte); }
+};
+
+std::string_view forced_kernel() {
+  static const char* const name = std::getenv("BITINFER_CUDA_KERNEL");
+  return name == nullptr ? std::string_view() : std::string_view(name);
+}
+
+// The kernel for a problem; an error if the forced one does not take it.
+template <typename Problem>
+Kernel kernel_for(const Call& call, const Problem& problem, const Device& device) {
+  const auto kernel = cuda::select_kernel(problem, device, forced_kernel());
+  STD_TORCH_CHECK(kernel, call.op, ": BITINFER_CUDA_KERNEL=", std::string(forced_kernel()),
+                  " names no kernel that runs M=", problem.m, " N=", problem.weight.n, " K=", problem.weight.k,
+                  " here; known are decode, wgmma, tiled and int8, and unset lets bitinfer choose");
+  return *kernel;
+}
+
+// Runs multiply(problem), with the LayerNorm behind it if there is one: its statistics need all outputs of a token, so
+// these wait in float32.
+template <typename Problem, typename Multiply>
+void with_norm(const OnDevice& on, Problem problem, std::optional<double> norm_eps, Multiply multiply) {
+  if (!norm_eps) return multiply(problem);
+  const int64_t n = problem.weight.n;
+  Tensor sums = empty(on.call, {problem.m, n}, ScalarType::Float);
+  const LayerNorm norm{static_cast<const float*>(sums.const_data_ptr()), n, *norm_eps, problem.weight.bias, problem.y};
+  problem.y = {sums.mutable_data_ptr(), Dtype::kFloat32, n};
+  problem.weight.bias = {};
+  multiply(problem);
+  check(on.call, cuda::layer_norm(norm, problem.m, on.launch));
+}
+
+Tensor pack_signs(Tensor weight) {
+  const OnDevice on("pack_signs", weight);
+  const PackSignsCall call(on.call, weight);
+  check(on.call, cuda::pack_signs(call.problem, call.rows.m, on.launch));
+  return call.words;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTensor in_scale, OptionalTensor in_shift,
+                                                            int64_t bits, int64_t block_size, int64_t group_size) {
+  const OnDevice on("pack_activations", x);
+  const PackActivationsCall call(on.call, x, in_scale, in_shift, bits, block_size, group_size);
+  check(on.call, cuda::pack_activations(call.problem, call.rows.m, on.launch));
+  return call.results();
+}
+
+// z = in_scale * x in 24-bit fixed point, then the product on binary tensor cores.
+void fixed_point_gemm(const OnDevice& on, const SignGemm& p, Kernel kernel) {
+  const int64_t m = p.m, words = p.weight.words(), groups = p.weight.groups();
+  Tensor planes = on.bytes(m * cuda::kFixedPointBits * words * 4), sums = on.bytes(m * groups * 8);
+  Tensor scale = on.bytes(m * 4), shift = on.bytes(m * 4);
+  cuda::FixedPoint pack{.x = p.x,
+                        .k = p.weight.k,
+                        .stride = p.stride,
+                        .in_scale = p.in_scale,
+                        .in_shift = p.in_shift,
+                        .group_size = p.weight.group_size,
+                        .planes = static_cast<uint32_t*>(planes.mutable_data_ptr()),
+                        .scale = static_cast<float*>(scale.mutable_data_ptr()),
+                        .sum = static_cast<int64_t*>(sums.mutable_data_ptr()),
+                        .shift = static_cast<float*>(shift.mutable_data_ptr())};
+  check(on.call, cuda::pack_fixed_point(pack, m, on.launch));
+  cuda::FixedPointGemm gemm = cuda::as_fixed_point(p);
+  gemm.planes = pack.planes;
+  gemm.act_scale = pack.scale;
+  gemm.act_sum = pack.sum;
+  gemm.act_shift = p.in_shift ? pack.shift : nullptr;
+  const Device& device = on.launch.device;
+  check(on.call,
+        kernel == Kernel::kDecode
+            ? cuda::fixed_gemm_decode(gemm, cuda::fixed_gemm_decode_plan(gemm, device), on.launch)
+            : cuda::fixed_gemm_decode_grouped(gemm, cuda::fixed_gemm_decode_grouped_plan(gemm, device), on.launch));
+}
+
+Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor weight_scale, OptionalTensor in_scale,
+                 OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias, int64_t group_size,
+                 std::optional<double> norm_eps) {
+  const OnDevice on("sign_gemm", x);
+  const SignGemmCall call(on.call, x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias,
+                          group_size);
+  if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
+  with_norm(on, call.problem, norm_eps, [&](const SignGemm& p) {
+    const Kernel kernel = kernel_for(on.call, p, on.launch.device);
+    if (kernel == Kernel::kDecode || kernel == Kernel::kGrouped) return fixed_point_gemm(on, p, kernel);
+    const bool wgmma = kernel == Kernel::kWgmma;
+    const size_t bytes = wgmma ? cuda::sign_gemm_wgmma_workspace(p) : cuda::sign_gemm_tiled_workspace(p);
+    Tensor workspace = on.bytes(static_cast<int64_t>(bytes));
+    check(on.call, wgmma ? cuda::sign_gemm_wgmma(p, workspace.mutable_data_ptr(), on.launch)
+                         : cuda::sign_gemm_tiled(p, workspace.mutable_data_ptr(), on.launch));
+  });
+  return *call.y;
+}
+
+Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTensor act_shift, Tensor weight,
+                     int64_t in_features, OptionalTensor weight_scale, OptionalTensor group_shift, OptionalTensor bias,
+                     int64_t group_size, int64_t block_size, std::optional<double> norm_eps, ScalarType dtype) {
+  const OnDevice on("popcount_gemm", planes);
+  const PopcountGemmCall call(on.call, planes, act_scale, act_sum, act_shift, weight, in_features, weight_scale,
+                              group_shift, bias, group_size, block_size, dtype);
+  if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
+  with_norm(on, call.problem, norm_eps, [&](const PopcountGemm& p) {
+    const Device& device = on.launch.device;
+    switch (kernel_for(on.call, p, device)) {
+      case Kernel::kDecode:
+        return check(on.call, cuda::popcount_gemm_decode(p, cuda::popcount_gemm_decode_plan(p, device), on.launch));
+      case Kernel::kGrouped:
+        return check(on.call, cuda::popcount_gemm_decode_grouped(p, cuda::popcount_gemm_decode_grouped_plan(p, device),
+                                                                 on.launch));
+      case Kernel::kWgmma:
+        return check(on.call, cuda::popcount_gemm_wgmma(p, on.launch));
+      case Kernel::kTiled:
+        return check(on.call, cuda::popcount_gemm_tiled(p, on.launch));
+      case Kernel::kInt8:
+        return check(on.call, cuda::popcount_gemm_int8(p, on.launch));
+    }
+  });
+  return *call.y;
+}
+
+// Names the kernel that a problem of contiguous, aligned tensors would get on the current device; bits 0 for sign_gemm
+// in float16.
+std::string cuda_kernel(std::string op, int64_t m, int64_t n, int64_t k, int64_t bits, int64_t group_size,
+                        int64_t planes) {
+  const Call call{"cuda_kernel"};
+  int index = 0;
+  check(call, cudaGetDevice(&index));
+  const Device& device = device_of(call, index);
+  Weight weight;
+  weight.planes = planes;
+  weight.n = n;
+  weight.k = k;
+  weight.group_size = group_size;
+  const Output y{nullptr, Dtype::kFloat16, n};
+  if (op == "sign_gemm") {
+    SignGemm problem{{nullptr, Dtype::kFloat16}, m, k};
+    problem.weight = weight;
+    problem.y = y;
+    return cuda::kernel_name(kernel_for(call, problem, device));
+  }
+  STD_TORCH_CHECK(op == "popcount_gemm", "cuda_kernel: op must be sign_gemm or popcount_gemm, got ", op);
+  PopcountGemm problem{};
+  problem.m = m;
+  problem.bits = bits;
+  problem.weight = weight;
+  problem.y = y;
+  return cuda::kernel_name(kernel_for(call, problem, device));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
+  m.def("cuda_kernel(str op, int m, int n, int k, int bits, int group_size, int planes) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));
+  m.impl("pack_activations", TORCH_BOX(&pack_activations));
+  m.impl("sign_gemm", TORCH_BOX(&sign_gemm));
+  m.impl("popcount_gemm", TORCH_BOX(&popcount_gemm));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernel", TORCH_BOX(&cuda_kernel));
+}

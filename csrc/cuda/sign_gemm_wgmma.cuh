@@ -1,0 +1,270 @@
+// What the kernels of sign_gemm_wgmma.cu share: the rings through which z and packed words come, the products with
+// words that are expanded in registers, and the terms that finish a sum.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common.cuh"
+#include "hopper.cuh"
+#include "wgmma_f16.cuh"
+
+namespace bitinfer::cuda::sign_gemm_detail {
+
+constexpr int kStageColumns = 128;  // of K in one stage of z: two boxes of 64
+constexpr int kStageWords = kStageColumns / kWordBits;
+constexpr int kBoxStages = 8;  // whose weights come in one box: 128 bytes of every row
+constexpr int kGroup = 128;    // threads of a warpgroup
+constexpr int kConsumers = 2 * kGroup;
+constexpr int kBlockRows = 64;  // of one product
+
+struct Problem {
+  int m, n, k;
+  Floats scale;      // [n, groups], or absent
+  int groups;        // with one group, the scale is applied to the sums
+  int group_stages;  // stages of a group
+  Floats bias;       // [n]
+  const float* power;
+  const float* shift;
+  Output y;
+  bool stores_tensor;  // y goes through TMA
+
+  __host__ __device__ int stages() const { return (k + kStageColumns - 1) / kStageColumns; }
+};
+
+// Where things lie in shared memory.
+template <int kTokens, int kRows, int kStageSlots, int kBoxes, int kConstants, int kStaging>
+struct Layout {
+  static constexpr int kStages = kStageSlots;
+  static constexpr int kStageBytes = kTokens * kStageColumns * 2;
+  static constexpr int kBoxBytes = kRows * 128;
+  static constexpr int kScales = kRows * kBoxStages;  // of the groups of one box
+  static constexpr int kStagingBytes = kStaging;
+
+  static constexpr int kStageStart = 0;
+  static constexpr int kBoxStart = kStageStart + kStages * kStageBytes;
+  static constexpr int kStagingStart = kBoxStart + kBoxes * kBoxBytes;
+  static constexpr int kScaleStart = kStagingStart + kStagingBytes;
+  static constexpr int kConstantStart = kScaleStart + kBoxes * kScales * 2;
+  static constexpr int kBarrierStart = kConstantStart + kConstants * static_cast<int>(sizeof(float2));
+  static constexpr int kBytes = kBarrierStart + (kStages + kBoxes + 1) * 16;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A ring of slots in shared memory that one side fills and the other empties; `i` counts fillings.
+template <int kSlots>
+struct Ring {
+  uint32_t barriers;
+
+  __device__ void init(int fill_arrivals, int empty_arrivals) const {
+    for (int i = 0; i < kSlots; ++i) {
+      barrier_init(full(i), fill_arrivals);
+      barrier_init(empty(i), empty_arrivals);
+    }
+  }
+  __device__ static int slot(uint32_t i) { return static_cast<int>(i % kSlots); }
+  __device__ uint32_t full(uint32_t i) const { return barriers + slot(i) * 16; }
+  __device__ uint32_t empty(uint32_t i) const { return full(i) + 8; }
+  __device__ void wait_full(uint32_t i) const { barrier_wait(full(i), i / kSlots & 1); }
+  __device__ void wait_empty(uint32_t i) const { barrier_wait(empty(i), (i / kSlots & 1) ^ 1); }
+};
+
+// z of one stage; one thread calls it.
+template <typename Shape, int kSlots>
+__device__ __forceinline__ void load_stage(const Ring<kSlots>& ring, uint32_t shared, const CUtensorMap* map,
+                                           uint32_t i, int stage, int token) {
+  ring.wait_empty(i);
+  const uint32_t to = shared + Shape::kStageStart + ring.slot(i) * Shape::kStageBytes;
+  barrier_arrive_expecting(ring.full(i), Shape::kStageBytes);
+  tma_load(to, map, ring.full(i), stage * kStageColumns, token);
+  tma_load(to + Shape::kStageBytes / 2, map, ring.full(i), stage * kStageColumns + 64, token);
+}
+
+// Scales of the groups of some stages, as [stage][row] in 16 bits; a warp calls it. Rows past the last one repeat it.
+template <typename T, int kRows, typename S>
+__device__ __forceinline__ void load_scales(T* to, const S* scale, const Problem& p, int stage, int row, int rows) {
+  constexpr int kBatch = 16;  // loads in flight
+  const int lane = threadIdx.x % 32, of_box = lane % kBoxStages;
+  const int group = min((stage + of_box) / p.group_stages, p.groups - 1);
+  for (int start = lane / kBoxStages; start < rows; start += kBatch * (32 / kBoxStages)) {
+    float values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t at = min(row + start + i * (32 / kBoxStages), p.n - 1);
+      values[i] = to_float(scale[at * p.groups + group]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      to[of_box * kRows + start + i * (32 / kBoxStages)] = from_float<T>(values[i]);
+    }
+  }
+}
+
+// The words of eight stages; a warp calls it.
+template <typename T, typename Shape, int kRows, int kBoxRows, int kSlots>
+__device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shared, const CUtensorMap* map, uint32_t i,
+                                         const Problem& p, int stage, int row, int rows) {
+  ring.wait_empty(i);
+  const int slot = ring.slot(i);
+  if (threadIdx.x % 32 == 0) {
+    const uint32_t to = shared_address(shared) + Shape::kBoxStart + slot * Shape::kBoxBytes;
+    barrier_arrive_expecting(ring.full(i), rows * 128);
+    for (int part = 0; part < rows; part += kBoxRows) {
+      tma_load(to + part * 128, map, ring.full(i), stage * kStageWords, row + part);
+    }
+  }
+  if (p.groups > 1) {
+    T* scales = reinterpret_cast<T*>(shared + Shape::kScaleStart) + slot * Shape::kScales;
+    switch (p.scale.dtype) {
+      case Dtype::kFloat32:
+        load_scales<T, kRows>(scales, static_cast<const float*>(p.scale.data), p, stage, row, rows);
+        break;
+      case Dtype::kFloat16:
+        load_scales<T, kRows>(scales, static_cast<const __half*>(p.scale.data), p, stage, row, rows);
+        break;
+      case Dtype::kBFloat16:
+        load_scales<T, kRows>(scales, static_cast<const __nv_bfloat16*>(p.scale.data), p, stage, row, rows);
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full(i));
+  }
+}
+
+template <typename T>
+__device__ constexpr uint32_t two_ones() {
+  return std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+}
+
+// Two neighbouring weights of a fragment: `value` twice, with the top bits of byte kByte of `even` and `odd` as signs.
+template <int kByte>
+__device__ __forceinline__ uint32_t signed_pair(uint32_t even, uint32_t odd, uint32_t value) {
+  constexpr uint32_t kSelector = kByte | kByte << 4 | kByte << 8 | (4 + kByte) << 12;
+  return (__byte_perm(even, odd, kSelector) & 0x80008000u) ^ value;
+}
+
+// Fragments of two groups of products, each of some steps of 16 columns: those in flight, and those in the making.
+template <int kBlocks, int kSteps>
+using Fragments = uint32_t[2][kSteps][kBlocks][4];
+
+// sums += the weights of a stage times z, 16 columns a step. Lane 4g + t of a warp needs columns 2t, 2t + 1, 2t + 8 and
+// 2t + 9 of each 16: shifted by t, a word has them at the top of its bytes, where one PRMT and one LOP3 make a register
+// of two weights. While the tensor cores work on one group of products, the fragments of the next are made; `released`
+// is called once when the products of the stage before have ended.
+template <typename T, int kBlocks, int kSteps, int kTokens, typename Released>
+__device__ __forceinline__ void multiply_stage(float (&sums)[kBlocks][kTokens / 2],
+                                               Fragments<kBlocks, kSteps>& fragments, const uint4 (&words)[kBlocks][2],
+                                               const uint32_t (&values)[kBlocks][2], uint64_t z, Released released) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int group = 0; group < kStageColumns / 16 / kSteps; ++group) {
+    auto& of_group = fragments[group % 2];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = group * kSteps + i;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4& four = words[block][half];
+          const uint32_t word = step < 2 ? four.x : step < 4 ? four.y : step < 6 ? four.z : four.w;
+          const uint32_t even = word << (7 - 2 * t), odd = word << (6 - 2 * t), value = values[block][half];
+          of_group[i][block][half] =
+              step % 2 == 0 ? signed_pair<0>(even, odd, value) : signed_pair<2>(even, odd, value);
+          of_group[i][block][half + 2] =
+              step % 2 == 0 ? signed_pair<1>(even, odd, value) : signed_pair<3>(even, odd, value);
+        }
+      }
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = group * kSteps + i;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        wgmma<T>(sums[block], of_group[i][block], z + step / 4 * (kTokens * 128 >> 4) + step % 4 * 2);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (group == 0) released();
+  }
+}
+
+// The part of a warpgroup in a tile: stages first, first + step ... of the `stages` from the tile's first one on, whose
+// fillings of the rings began at stage_fill and box_fill. `row` is the warpgroup's first row in the box.
+template <typename T, typename Shape, int kBlocks, int kSteps, int kTokens, int kRows, int kStages, int kBoxes>
+__device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], const Ring<kStages>& stage_ring,
+                                         const Ring<kBoxes>& box_ring, const uint8_t* shared, bool grouped, int row,
+                                         int first, int step, int stages, uint32_t stage_fill, uint32_t box_fill) {
+  const int lane = threadIdx.x % 32;
+  const int my_row = row + threadIdx.x % kGroup / 32 * 16 + lane / 4;
+  Fragments<kBlocks, kSteps> fragments;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sums[block][i] = 0.0f;
+  }
+  int box = -1, previous = -1;
+  for (int stage = first; stage < stages; stage += step) {
+    if (stage / kBoxStages != box) {
+      box = stage / kBoxStages;
+      box_ring.wait_full(box_fill + box);
+    }
+    const int slot = box_ring.slot(box_fill + box), of_box = stage % kBoxStages;
+    const uint8_t* words_at = shared + Shape::kBoxStart + slot * Shape::kBoxBytes;
+    const T* scales = reinterpret_cast<const T*>(shared + Shape::kScaleStart) + slot * Shape::kScales + of_box * kRows;
+    uint4 words[kBlocks][2];
+    uint32_t values[kBlocks][2];
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = my_row + block * kBlockRows + half * 8;
+        words[block][half] = *reinterpret_cast<const uint4*>(words_at + swizzled(at, of_box));
+        values[block][half] = grouped ? reinterpret_cast<const uint16_t*>(scales)[at] * 0x10001u : two_ones<T>();
+      }
+    }
+    const uint32_t fill = stage_fill + stage;
+    stage_ring.wait_full(fill);
+    const uint32_t z = shared_address(shared) + Shape::kStageStart + stage_ring.slot(fill) * Shape::kStageBytes;
+    multiply_stage<T, kBlocks, kSteps, kTokens>(sums, fragments, words, values, wgmma_descriptor(z), [&] {
+      if (previous >= 0 && lane == 0) barrier_arrive(stage_ring.empty(stage_fill + previous));
+    });
+    previous = stage;
+    // the last stage of a box that this warpgroup has: its words are in registers
+    if ((stage + step) / kBoxStages != box || stage + step >= stages) {
+      if (lane == 0) barrier_arrive(box_ring.empty(box_fill + box));
+    }
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) wgmma_fence_sums(sums[block]);
+  if (previous >= 0 && lane == 0) barrier_arrive(stage_ring.empty(stage_fill + previous));
+}
+
+// Scale and bias of a row, power and shift of a token; zeros past the last one.
+__device__ __forceinline__ float2 row_constants(const Problem& p, int row) {
+  if (row >= p.n) return {0.0f, 0.0f};
+  return {p.scale.data != nullptr && p.groups == 1 ? load_float(p.scale, row) : 1.0f,
+          p.bias.data != nullptr ? load_float(p.bias, row) : 0.0f};
+}
+
+__device__ __forceinline__ float2 token_constants(const Problem& p, int token) {
+  if (token >= p.m) return {0.0f, 0.0f};
+  return {p.power != nullptr ? __ldcg(p.power + token) : 1.0f, p.shift != nullptr ? __ldcg(p.shift + token) : 0.0f};
+}
+
+__device__ __forceinline__ float finish(float sum, float2 row, float2 token) {
+  return fmaf(sum * token.x, row.x, token.y + row.y);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_two(float low, float high) {
+  const T two[2] = {from_float<T>(low), from_float<T>(high)};
+  return *reinterpret_cast<const uint16_t*>(&two[0]) | uint32_t{*reinterpret_cast<const uint16_t*>(&two[1])} << 16;
+}
+
+#endif
+
+}  // namespace bitinfer::cuda::sign_gemm_detail
