@@ -23,9 +23,6 @@
 #include "gemm_decode.cuh"
 #include "gemm_decode.h"
 
-#ifndef TRACE
-#define TRACE(i)
-#endif
 namespace bitinfer::cuda {
 namespace {
 
@@ -85,7 +82,6 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
   const int* slots = reinterpret_cast<const int*>(shared + a.rows_all * a.pitch);
   const int slot_stride = results * rows;
-  TRACE(0);
   allow_next_kernel();
   copy_rows(base, a.pitch, a.signs, row0, rows, a.n, words);
 
@@ -131,7 +127,6 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
   copy_async_wait();
   __syncthreads();
   wait_for_previous_kernel();
-  TRACE(1);
 
   // ---- the products
   uint4 x[kRounds][kGroups];
@@ -194,9 +189,7 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
     }
   }
   if (threadIdx.x < m) of_tokens[threadIdx.x] = of_token;
-  TRACE(2);
   __syncthreads();
-  TRACE(3);
 
   // ---- scales, shifts and bias, in the order that popcount_gemm prescribes
   const auto finish = [&](const Place& p) {
@@ -225,7 +218,6 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
   };
   if (threadIdx.x < rows * m) finish(mine);
   for (int item = threadIdx.x + blockDim.x; item < rows * m; item += blockDim.x) finish(locate(item));
-  TRACE(4);
 }
 
 // The instances: their column groups.

@@ -2,8 +2,8 @@
 //
 // Programmatic dependent launch (sm_90 and later): a kernel launched with `overlap` may start before the kernel ahead
 // of it in the stream has finished. It then must call wait_for_previous_kernel() before it touches anything that an
-// earlier kernel may have written, and may read packed weights before that: they are written when a model is loaded,
-// long before.
+// earlier kernel may have written, and may read packed weights before that: pack_signs lets no kernel start before its
+// last block is through.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(max_row_threads(kHeld)) layer_norm_kernel(cons
   constexpr int kMean = 0, kVariance = 1;  // exchanges
   constexpr int kSlots = kHeld > 0 ? kHeld : 1;
   const Team team(static_cast<int>(blockDim.x) / 32, barriers);
+  allow_next_kernel();
   const int64_t row = blockIdx.x / static_cast<unsigned>(team.blocks);
   const int n = static_cast<int>(problem.n), column_step = team.warps * kChunk;
   const int first_column = team.warp * kChunk + static_cast<int>(threadIdx.x) % 32 * kOctet;
@@ -34,7 +35,6 @@ __global__ void __launch_bounds__(max_row_threads(kHeld)) layer_norm_kernel(cons
   }
   team.wait_for_start();
   wait_for_previous_kernel();
-  allow_next_kernel();
 
   double values[kSlots][kOctet];
   const auto load = [&](int column, double (&to)[kOctet]) {

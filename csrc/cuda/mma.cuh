@@ -65,8 +65,8 @@ __device__ __forceinline__ void multiply_s8(int (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d += A * B over 16 halves: 2t and 2t + 1 (a[0], a[1], b0), 2t + 8 and 2t + 9 (a[2], a[3], b1). Accumulates in float32,
-// with truncation instead of rounding.
+// d += A * B over 16 halves: 2t and 2t + 1 (a[0], a[1], b0), 2t + 8 and 2t + 9 (a[2], a[3], b1). Accumulates in
+// float32, with truncation instead of rounding.
 __device__ __forceinline__ void multiply_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

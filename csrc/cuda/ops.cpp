@@ -9,6 +9,7 @@
 #include "popcount_gemm_tiled.h"
 #include "popcount_gemm_wgmma.h"
 #include "select.h"
+#include "sign_gemm_decode.h"
 #include "sign_gemm_tiled.h"
 #include "sign_gemm_wgmma.h"
 
@@ -148,6 +149,10 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
   with_norm(on, call.problem, norm_eps, [&](const SignGemm& p) {
     const Kernel kernel = kernel_for(on.call, p, on.launch.device);
     if (kernel == Kernel::kDecode || kernel == Kernel::kGrouped) return fixed_point_gemm(on, p, kernel);
+    const Device& device = on.launch.device;
+    if (kernel == Kernel::kSignDecode) {
+      return check(on.call, cuda::sign_gemm_decode(p, cuda::sign_gemm_decode_plan(p, device), on.launch));
+    }
     const bool wgmma = kernel == Kernel::kWgmma;
     const size_t bytes = wgmma ? cuda::sign_gemm_wgmma_workspace(p) : cuda::sign_gemm_tiled_workspace(p);
     Tensor workspace = on.bytes(static_cast<int64_t>(bytes));
@@ -176,7 +181,7 @@ Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTe
         return check(on.call, cuda::popcount_gemm_wgmma(p, on.launch));
       case Kernel::kTiled:
         return check(on.call, cuda::popcount_gemm_tiled(p, on.launch));
-      case Kernel::kInt8:
+      default:
         return check(on.call, cuda::popcount_gemm_int8(p, on.launch));
     }
   });

@@ -4,6 +4,7 @@
 // share, is made here: few tokens spread over clusters, since a multiprocessor's issue slots are the longest part of
 // one token's way; many tokens take one block each, small enough that several rows are under way on a multiprocessor.
 #include "integer_format.cuh"
+#include "pack_activations_batch.h"
 
 namespace bitinfer::cuda {
 
@@ -32,6 +33,7 @@ RowPlan plan_rows(int64_t m, int64_t k, const Device& device) {
 }
 
 cudaError_t pack_activations(const PackActivations& problem, int64_t m, const Launch& on, const RowPlan* plan) {
+  if (plan == nullptr && pack_activations_batch_takes(problem, m)) return pack_activations_batch(problem, m, on);
   return with_dtype(problem.x.dtype, [&]<Dtype kDtype>() {
     const MatrixRows<kDtype> rows{problem.x.data, problem.stride};
     return launch_pack_row(rows, IntegerFormat{problem}, m, on, plan);

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kHeld == 2 && !Source::kWide && !Format::kWide
   constexpr int kSlots = kHeld > 0 ? kHeld : 1;
   constexpr bool kEarly = kHeld == 1;  // registers are left for constants loaded before the wait
   const Team team(row_warps, parts.barriers);
+  allow_next_kernel();
   const bool has_helpers = row_warps * 32 < static_cast<int>(blockDim.x);
   const bool shifts = format.in_shift && team.helps == has_helpers;
   const int64_t row = blockIdx.x / static_cast<unsigned>(team.blocks);
@@ -120,7 +121,6 @@ __global__ void __launch_bounds__(kHeld == 2 && !Source::kWide && !Format::kWide
   }
   team.wait_for_start();
   wait_for_previous_kernel();
-  allow_next_kernel();
 
   float x[kSlots][kOctet], z[kSlots][kOctet];
   if constexpr (kHeld > 0) {

@@ -16,7 +16,6 @@ template <Dtype kDtype>
 __global__ void __launch_bounds__(kThreads)
     pack_signs_kernel(const void* x, int64_t rows, int64_t k, int64_t stride, unsigned char* bytes, int64_t row_bytes) {
   wait_for_previous_kernel();
-  allow_next_kernel();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBytesOfBlock;
   const int count = static_cast<int>(min(row_bytes - first, static_cast<int64_t>(kBytesOfBlock)));
   const int columns =

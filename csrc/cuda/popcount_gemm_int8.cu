@@ -1,12 +1,12 @@
-// popcount_gemm with int8 tensor cores, for GPUs that have no binary ones (from sm_100 on): the formula and the pipeline
-// stand in popcount_tiled.cuh.
+// popcount_gemm with int8 tensor cores, for GPUs that have no binary ones (from sm_100 on): the formula and the
+// pipeline stand in popcount_tiled.cuh.
 //
 //   C[n, t] = sum of q[t, k] over the k of a segment whose weight bit is set = bits[n] . q[t]
 //
 // For any shape. The left operand is the weights' bits as bytes 0 and 1, expanded in registers: two operations for four
-// weights, used for eight tiles of tokens. The right one is the activations' integers, put together from their planes on
-// the way into shared memory. A block of four warps makes 128 rows of 64 tokens, a warp 32 by 64. Bound by the tensor
-// cores, and by the latency of loading planes.
+// weights, used for eight tiles of tokens. The right one is the activations' integers, put together from their planes
+// on the way into shared memory. A block of four warps makes 128 rows of 64 tokens, a warp 32 by 64. Bound by the
+// tensor cores, and by the latency of loading planes.
 //
 // The order of columns inside a product is free. Lane t of a quad supplies columns of word t of four: in product u of
 // these 128 columns, columns u, u + 8, u + 16, u + 24 and u + 4, u + 12, u + 20, u + 28 of that word, which is

@@ -8,16 +8,16 @@
 //
 // Planes are added up by the tensor cores as well. Counts below 1024 are exact in float16, a tile of results of one
 // product is laid out as the left operand of the next, and so one m16n8k16 turns 16 columns of counts into sums: with
-// the plane weights as the right operand, eight planes take four of them for 16 rows x 8 tokens. Counts become halves by
-// setting the exponent: the half 0x6400 + c is 1024 + c, and since the plane weights sum to -1, adding 1024 corrects it.
+// the plane weights as the right operand, eight planes take four of them for 16 rows x 8 tokens. Counts become halves
+// by setting the exponent: the half 0x6400 + c is 1024 + c, and since the plane weights sum to -1, adding 1024 corrects
+// it.
 //
 // With long segments bound by the tensor cores and their feed from shared memory; with groups of 128 by the float32
 // operations of the epilogue, about ten for each segment of each result.
-#include "popcount_gemm_tiled.h"
-
 #include <algorithm>
 #include <type_traits>
 
+#include "popcount_gemm_tiled.h"
 #include "popcount_tiled.cuh"
 
 namespace bitinfer::cuda {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void add_planes(float (&out)[4], const PlaneWeights<k
   for (int e = 0; e < 4; ++e) out[e] = 1024;
 #pragma unroll
   for (int i = 0; i < kBits / 2; ++i) {
-    const int(&x)[4] = count[token_tile * kBits + 2 * i], (&y)[4] = count[token_tile * kBits + 2 * i + 1];
+    const int (&x)[4] = count[token_tile * kBits + 2 * i], (&y)[4] = count[token_tile * kBits + 2 * i + 1];
     const uint32_t a[4] = {halves(x[0], x[1]), halves(x[2], x[3]), halves(y[0], y[1]), halves(y[2], y[3])};
     multiply_f16(out, a, weights.b[i][0], weights.b[i][1]);
   }
@@ -119,7 +119,7 @@ struct BinaryNarrow : Binary<kBits> {
     load_matrices(a, rows + offset);
 #pragma unroll
     for (int j = 0; j < kTiles; j += 4) {
-      load_matrices(reinterpret_cast<uint32_t(&)[4]>(b[j]), columns + j * 8 * kPitch + offset);
+      load_matrices(reinterpret_cast<uint32_t (&)[4]>(b[j]), columns + j * 8 * kPitch + offset);
     }
     // counts start at what makes them halves
     constexpr int kStart = kBits == 1 ? 0 : kHalfOf1024;
@@ -139,8 +139,7 @@ struct BinaryNarrow : Binary<kBits> {
       Base::integers_of_signs(out, sums.tile[i], j, x0, x1);
     } else {
       float sum[4];
-      add_planes(sum, context, sums.tile[i].count, j,
-                 [](int x, int y) { return __byte_perm(x, y, 0x5410); });
+      add_planes(sum, context, sums.tile[i].count, j, [](int x, int y) { return __byte_perm(x, y, 0x5410); });
       // exact: all terms are below 2^24
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[e] = fmaf(-2, sum[e], static_cast<float>(e % 2 ? x1 : x0));

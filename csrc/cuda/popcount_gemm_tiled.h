@@ -1,5 +1,5 @@
-// popcount_gemm for every problem on every GPU from sm_80 on. Without the norm: the caller then passes a float32 y and no
-// bias, and applies both.
+// popcount_gemm for every problem on every GPU from sm_80 on. Without the norm: the caller then passes a float32 y and
+// no bias, and applies both.
 #pragma once
 
 #include <cuda_runtime.h>

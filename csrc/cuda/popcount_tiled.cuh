@@ -1,7 +1,9 @@
-// The kernel behind popcount_gemm_tiled and popcount_gemm_int8, apart from the product itself, which `Multiplier` makes.
+// The kernel behind popcount_gemm_tiled and popcount_gemm_int8, apart from the product itself, which `Multiplier`
+// makes.
 //
 //   y[t, n] = sum_s (sum_p (act_scale * scale[p, n, s]) * I[p, s] + (act_scale * group_shift[n, s]) * act_sum[t, s])
-//             + act_shift[t] + bias[n],     I[p, s] = act_sum[t, s] - 2 * sum of q[t, k] over the k in s whose bit is set
+//             + act_shift[t] + bias[n]
+//   I[p, s] = act_sum[t, s] - 2 * sum of q[t, k] over the k in s whose bit is set
 //
 // in the order, and with the roundings, that bitinfer.ops.popcount_gemm fixes. A block makes 32*down rows of 64*across
 // columns of the multiplier's second operand, which stand for kTokens tokens in each warp; it runs over K in a pipeline
@@ -10,6 +12,7 @@
 // A Multiplier M has:
 //   kStepWords, kStageWords, kStages    words of K that a step takes, words in a stage, stages
 //   kTokens                             of a warp
+//   kMaxThreads, kMinBlocks             of a block, and blocks that share a multiprocessor: they bound registers
 //   kPitch                              words of shared memory for a column of the second operand in one stage
 //   Context(lane, cut)                  what a lane keeps over all of K
 //   Sums, and start(sums)               integers of 32 rows x kTokens tokens under way

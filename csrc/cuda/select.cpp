@@ -1,6 +1,7 @@
 #include "select.h"
 
 #include "popcount_gemm_wgmma.h"
+#include "sign_gemm_decode.h"
 #include "sign_gemm_wgmma.h"
 
 namespace bitinfer::cuda {
@@ -13,6 +14,12 @@ bool prefers_decode(int64_t m, int64_t bits, const DecodePlan& plan) {
   return columns <= 16 || (columns <= 32 && plan.tiles <= 2);
 }
 
+// sign_gemm_wgmma rounds in_scale * x to the type of x. For float16 that error is as large as all of a dense layer's
+// and may come out larger; the other kernels carry more digits.
+bool takes_accurately(const SignGemm& p, const Device& device) {
+  return !(p.in_scale && p.x.dtype == Dtype::kFloat16) && sign_gemm_wgmma_takes(p, device);
+}
+
 bool allows(std::string_view forced, Kernel kernel) { return forced.empty() || forced == kernel_name(kernel); }
 
 }  // namespace
@@ -21,6 +28,7 @@ const char* kernel_name(Kernel kernel) {
   switch (kernel) {
     case Kernel::kDecode:
     case Kernel::kGrouped:
+    case Kernel::kSignDecode:
       return "decode";
     case Kernel::kWgmma:
       return "wgmma";
@@ -45,8 +53,9 @@ std::optional<Kernel> select_kernel(const PopcountGemm& p, const Device& device,
 }
 
 std::optional<Kernel> select_kernel(const SignGemm& p, const Device& device, std::string_view forced) {
-  const bool wgmma = allows(forced, Kernel::kWgmma) && sign_gemm_wgmma_takes(p, device);
+  const bool wgmma = allows(forced, Kernel::kWgmma) && takes_accurately(p, device);
   if (allows(forced, Kernel::kDecode)) {
+    if (sign_gemm_decode_plan(p, device)) return Kernel::kSignDecode;
     const FixedPointGemm fixed = as_fixed_point(p);
     if (!wgmma || p.m <= 2) {
       if (fixed_gemm_decode_plan(fixed, device)) return Kernel::kDecode;

@@ -10,8 +10,8 @@
 
 namespace bitinfer::cuda {
 
-// kDecode and kGrouped: gemm_decode.cu and gemm_decode_grouped.cu, which are both called "decode".
-enum class Kernel { kDecode, kGrouped, kWgmma, kTiled, kInt8 };
+// The first three, gemm_decode.cu, gemm_decode_grouped.cu and sign_gemm_decode.cu, are all called "decode".
+enum class Kernel { kDecode, kGrouped, kSignDecode, kWgmma, kTiled, kInt8 };
 
 const char* kernel_name(Kernel kernel);
 

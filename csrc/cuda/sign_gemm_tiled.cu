@@ -4,10 +4,10 @@
 // with float16 tensor cores and float32 sums, for any shape, type and alignment. Two kernels.
 //
 // prepare_kernel, a block for a token, writes what multiplies: z scaled by a power of two that brings the token's
-// largest |z| to [2^14, 2^15), as one float16 number or as the sum of two. One is exact for float16 and bfloat16 x, down
-// to 2^-32 of the largest; with an in_scale, bfloat16 x gets one too, rounded to 11 bits, an eighth of that type's own
-// rounding. float32 x, and float16 x with an in_scale, get two: 22 bits. A token that holds an infinity or a NaN gets
-// the factor NaN, and zeros to multiply, so that it spoils its own outputs only. Bound by memory.
+// largest |z| to [2^14, 2^15), as one float16 number or as the sum of two. One is exact for float16 and bfloat16 x,
+// down to 2^-32 of the largest; with an in_scale, bfloat16 x gets one too, rounded to 11 bits, an eighth of that type's
+// own rounding. float32 x, and float16 x with an in_scale, get two: 22 bits. A token that holds an infinity or a NaN
+// gets the factor NaN, and zeros to multiply, so that it spoils its own outputs only. Bound by memory.
 //
 // multiply_kernel: a block of four warps makes 128 rows of 64 tokens, a warp 64 by 32. The left operand is +1 and -1
 // made of packed words in registers, two operations for two weights, used for four tiles of tokens. Sums of 512 columns
@@ -16,14 +16,13 @@
 //
 // The order of columns inside a product is free. Lane t of a quad supplies columns of word t of four, which is 128
 // columns in eight products: product u takes columns 2u, 2u + 16 and 2u + 1, 2u + 17 of each word. A pair of columns
-// (s, s + 16) is two bits of a word that lie where a pair of halves has its signs, after a shift. Operands in memory have
-// that order: for each 128 columns 16-byte units (s / 4, word), each the four pairs from s = 4 * unit on.
-#include "sign_gemm_tiled.h"
-
+// (s, s + 16) is two bits of a word that lie where a pair of halves has its signs, after a shift. Operands in memory
+// have that order: for each 128 columns 16-byte units (s / 4, word), each the four pairs from s = 4 * unit on.
 #include <algorithm>
 #include <cstddef>
 #include <type_traits>
 
+#include "sign_gemm_tiled.h"
 #include "tiled.cuh"
 
 namespace bitinfer::cuda {
@@ -37,7 +36,7 @@ constexpr int kRowTiles = kWarpRows / 16, kTokenTiles = kWarpTokens / 8;
 constexpr int kTokenPitch = kUnitColumns / 2 + 16;
 constexpr int kPrepareThreads = 256;
 
-// Halves of a token; a segment is padded to whole units.
+// float16 numbers that each z is the sum of
 int parts_of(const SignGemm& p) {
   return p.x.dtype == Dtype::kFloat32 || (p.x.dtype == Dtype::kFloat16 && p.in_scale) ? 2 : 1;
 }
@@ -45,7 +44,7 @@ int parts_of(const SignGemm& p) {
 Cut cut_of(const SignGemm& p) { return make_cut(p.weight, 0, kStageWords, kStageWords, parts_of(p)); }
 
 struct Workspace {
-  __half* z;         // [m, parts, units, 128]
+  __half* z;         // [m, parts, units, 128], segments padded to whole units
   float* factor;     // [m]: what the scaling is undone with
   float* shift;      // [m]: in_shift . x
   float* unit_sum;   // [m, units]: sums of scaled z, with a group_shift
@@ -121,8 +120,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   summary = reduce_block(summary);
   const bool bad = summary.bad != 0;
   // both powers of two are normal numbers; tokens below 2^-112 lose accuracy
-  const int exponent =
-      bad || summary.largest == 0 ? 0 : max(-126, min(126, 14 - ilogbf(summary.largest)));
+  const int exponent = bad || summary.largest == 0 ? 0 : max(-126, min(126, 14 - ilogbf(summary.largest)));
   if (threadIdx.x == 0) {
     workspace.factor[token] = bad ? NAN : ldexpf(1, -exponent);
     workspace.shift[token] = summary.shift;
@@ -304,9 +302,8 @@ __global__ void __launch_bounds__(128, 2)
     if (!group_shift || !item.ends) return;
     float* sum = reinterpret_cast<float*>(stage + layout.group_sum());
     for (int token = threadIdx.x; token < layout.tokens; token += blockDim.x) {
-      sum[token] = token0 + token < p.m
-                       ? __ldcg(workspace.group_sum + (token0 + token) * cut.segments + item.segment)
-                       : 0;
+      sum[token] =
+          token0 + token < p.m ? __ldcg(workspace.group_sum + (token0 + token) * cut.segments + item.segment) : 0;
     }
   };
 

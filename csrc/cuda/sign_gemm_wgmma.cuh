@@ -27,26 +27,24 @@ struct Problem {
   const float* power;
   const float* shift;
   Output y;
-  bool stores_tensor;  // y goes through TMA
+  bool stores_vectors;  // four neighbouring outputs at once
 
   __host__ __device__ int stages() const { return (k + kStageColumns - 1) / kStageColumns; }
 };
 
 // Where things lie in shared memory.
-template <int kTokens, int kRows, int kStageSlots, int kBoxes, int kConstants, int kStaging>
+template <int kTokens, int kBoxRows, int kStageSlots, int kBoxes>
 struct Layout {
-  static constexpr int kStages = kStageSlots;
+  static constexpr int kRows = kBoxRows, kStages = kStageSlots;
   static constexpr int kStageBytes = kTokens * kStageColumns * 2;
   static constexpr int kBoxBytes = kRows * 128;
   static constexpr int kScales = kRows * kBoxStages;  // of the groups of one box
-  static constexpr int kStagingBytes = kStaging;
 
   static constexpr int kStageStart = 0;
   static constexpr int kBoxStart = kStageStart + kStages * kStageBytes;
-  static constexpr int kStagingStart = kBoxStart + kBoxes * kBoxBytes;
-  static constexpr int kScaleStart = kStagingStart + kStagingBytes;
-  static constexpr int kConstantStart = kScaleStart + kBoxes * kScales * 2;
-  static constexpr int kBarrierStart = kConstantStart + kConstants * static_cast<int>(sizeof(float2));
+  static constexpr int kScaleStart = kBoxStart + kBoxes * kBoxBytes;
+  static constexpr int kConstantStart = kScaleStart + kBoxes * kScales * 2;  // of the rows, then of the tokens
+  static constexpr int kBarrierStart = kConstantStart + (kRows + kTokens) * static_cast<int>(sizeof(float2));
   static constexpr int kBytes = kBarrierStart + (kStages + kBoxes + 1) * 16;
 };
 
@@ -101,6 +99,20 @@ __device__ __forceinline__ void load_scales(T* to, const S* scale, const Problem
   }
 }
 
+template <typename T>
+__device__ constexpr uint32_t two_ones() {
+  return std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+}
+
+// Without groups the scales of all stages are one; all threads call it, once.
+template <typename T, typename Shape>
+__device__ __forceinline__ void fill_scales(uint8_t* shared, const Problem& p) {
+  if (p.groups > 1) return;
+  uint32_t* to = reinterpret_cast<uint32_t*>(shared + Shape::kScaleStart);
+  for (int i = threadIdx.x; i < (Shape::kConstantStart - Shape::kScaleStart) / 4; i += blockDim.x)
+    to[i] = two_ones<T>();
+}
+
 // The words of eight stages; a warp calls it.
 template <typename T, typename Shape, int kRows, int kBoxRows, int kSlots>
 __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shared, const CUtensorMap* map, uint32_t i,
@@ -129,11 +141,6 @@ __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shar
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.full(i));
   }
-}
-
-template <typename T>
-__device__ constexpr uint32_t two_ones() {
-  return std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 }
 
 // Two neighbouring weights of a fragment: `value` twice, with the top bits of byte kByte of `even` and `odd` as signs.
@@ -191,14 +198,21 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[kBlocks][kTokens / 
   }
 }
 
+// Rows of weights may go to any rows of the products. Here a thread has 2 * kBlocks neighbouring ones, this the first,
+// so that it can write its outputs without going through shared memory: block b, half h of a fragment is row 2 * b + h.
+template <int kBlocks>
+__device__ __forceinline__ int first_row() {
+  return threadIdx.x % kGroup / 4 * (2 * kBlocks);
+}
+
 // The part of a warpgroup in a tile: stages first, first + step ... of the `stages` from the tile's first one on, whose
 // fillings of the rings began at stage_fill and box_fill. `row` is the warpgroup's first row in the box.
 template <typename T, typename Shape, int kBlocks, int kSteps, int kTokens, int kRows, int kStages, int kBoxes>
 __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], const Ring<kStages>& stage_ring,
-                                         const Ring<kBoxes>& box_ring, const uint8_t* shared, bool grouped, int row,
-                                         int first, int step, int stages, uint32_t stage_fill, uint32_t box_fill) {
+                                         const Ring<kBoxes>& box_ring, const uint8_t* shared, int row, int first,
+                                         int step, int stages, uint32_t stage_fill, uint32_t box_fill) {
   const int lane = threadIdx.x % 32;
-  const int my_row = row + threadIdx.x % kGroup / 32 * 16 + lane / 4;
+  const int my_row = row + first_row<kBlocks>();
   Fragments<kBlocks, kSteps> fragments;
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -218,12 +232,12 @@ __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], co
     uint32_t values[kBlocks][2];
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = my_row + block * kBlockRows + half * 8;
-        words[block][half] = *reinterpret_cast<const uint4*>(words_at + swizzled(at, of_box));
-        values[block][half] = grouped ? reinterpret_cast<const uint16_t*>(scales)[at] * 0x10001u : two_ones<T>();
-      }
+      const int at = my_row + block * 2;
+      words[block][0] = *reinterpret_cast<const uint4*>(words_at + swizzled(at, of_box));
+      words[block][1] = *reinterpret_cast<const uint4*>(words_at + swizzled(at + 1, of_box));
+      const uint32_t both = *reinterpret_cast<const uint32_t*>(scales + at);
+      values[block][0] = __byte_perm(both, 0, 0x1010);
+      values[block][1] = __byte_perm(both, 0, 0x3232);
     }
     const uint32_t fill = stage_fill + stage;
     stage_ring.wait_full(fill);
@@ -263,6 +277,47 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack_two(float low, float high) {
   const T two[2] = {from_float<T>(low), from_float<T>(high)};
   return *reinterpret_cast<const uint16_t*>(&two[0]) | uint32_t{*reinterpret_cast<const uint16_t*>(&two[1])} << 16;
+}
+
+// Stores that are predicated in the assembly: for an if the compiler makes a branch, and moves what leads to the values
+// behind it, where nothing hides its latency.
+__device__ __forceinline__ void store_if(bool condition, void* to, const uint32_t (&words)[1]) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"(int{condition}), "l"(to),
+               "r"(words[0])
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool condition, void* to, const uint32_t (&words)[2]) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3};\n}" ::"r"(int{condition}),
+               "l"(to), "r"(words[0]), "r"(words[1])
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool condition, void* to, const uint32_t (&words)[4]) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(int{condition}),
+      "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
+// Writes neighbouring outputs of a token, of which `left` exist; all or none at once if `vectors`.
+template <typename Out, int kCount>
+__device__ __forceinline__ void store_rows(Out* to, const float (&values)[kCount], int left, bool vectors) {
+  if (vectors) {
+    uint32_t words[kCount * sizeof(Out) / 4];
+#pragma unroll
+    for (int i = 0; i < kCount * static_cast<int>(sizeof(Out)) / 4; ++i) {
+      if constexpr (sizeof(Out) == 4) {
+        words[i] = __float_as_uint(values[i]);
+      } else {
+        words[i] = pack_two<Out>(values[2 * i], values[2 * i + 1]);
+      }
+    }
+    store_if(left > 0, to, words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < left) to[i] = from_float<Out>(values[i]);
+    }
+  }
 }
 
 #endif

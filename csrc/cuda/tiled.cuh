@@ -81,7 +81,9 @@ __device__ __forceinline__ Item get_item(const Cut& cut, int index) {
 
 // Words from one row to the next in shared memory: an odd number of 16-byte units, which spreads eight rows over all
 // banks.
-__host__ __device__ constexpr int row_pitch(int stage_words) { return stage_words % 8 == 0 ? stage_words + 4 : stage_words; }
+__host__ __device__ constexpr int row_pitch(int stage_words) {
+  return stage_words % 8 == 0 ? stage_words + 4 : stage_words;
+}
 
 // Whether rows of packed words can be copied 16 bytes at a time.
 inline bool copies_units(const uint32_t* words, const Cut& cut) {

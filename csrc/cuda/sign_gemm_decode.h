@@ -1,0 +1,11 @@
+// sign_gemm for one token of 16-bit activations; see sign_gemm_decode.cu.
+#pragma once
+
+#include "gemm_decode.h"
+
+namespace bitinfer::cuda {
+
+DecodePlan sign_gemm_decode_plan(const SignGemm& problem, const Device& device);
+cudaError_t sign_gemm_decode(const SignGemm& problem, const DecodePlan& plan, const Launch& on);
+
+}  // namespace bitinfer::cuda
