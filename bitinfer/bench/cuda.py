@@ -125,8 +125,8 @@ def copies_of(nbytes: int) -> int:
 def launches_of(m: int, copies: int) -> int:
     """How many launches a graph has: enough for the graph's own start not to count.
 
-    Whole rotations for few tokens, where the weights' bytes matter. Many tokens move more than the L2 cache holds between
-    two uses of a weight anyway; there a graph stays short, because power limits clocks in long series.
+    Whole rotations for few tokens, where the weights' bytes matter. Many tokens move more than the L2 cache holds
+    between two uses of a weight anyway; there a graph stays short, because power limits clocks in long series.
     """
     if m > 512:
         return 20
