@@ -207,7 +207,8 @@ def test_weights_rotate_through_more_than_the_cache(monkeypatch):
     for m in (1, 64, 256, 2048):
         for copies in (2, 19, 100, 4096):
             launches = bench.launches_of(m, copies)
-            assert launches % copies == 0 and launches >= max(copies, 20)
+            # many tokens move more than the cache holds between two uses of a weight, whole rotation or not
+            assert launches >= 20 and (m > 512 or launches % copies == 0)
 
 
 def test_peers_that_are_not_installed_are_noted(monkeypatch):

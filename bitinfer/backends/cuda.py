@@ -85,7 +85,25 @@ class CUDABackend(Backend):
         return torch.ops.bitinfer_native.pack_activations(*args)
 
     def sign_gemm(self, *args: Any) -> Tensor:
-        return torch.ops.bitinfer_native.sign_gemm(*args)
+        native = torch.ops.bitinfer_native
+        return (native.sign_gemm_settled if _is_settled(args[1]) else native.sign_gemm)(*args)
 
     def popcount_gemm(self, *args: Any) -> Tensor:
-        return torch.ops.bitinfer_native.popcount_gemm(*args)
+        native = torch.ops.bitinfer_native
+        return (native.popcount_gemm_settled if _is_settled(args[4]) else native.popcount_gemm)(*args)
+
+
+def _is_settled(weight: Tensor) -> bool:
+    """Return whether an earlier call has met this weight as it is now, and note that this one has.
+
+    The kernels then read it while the kernel ahead of them in the stream still runs, which must not be the one that
+    wrote it. Writes are seen through torch's version counter; not those behind its back (``weight.data``), which only
+    matter if nothing else runs between such a write and the call.
+    """
+    if weight.is_inference():  # has no version counter
+        return False
+    version = weight._version
+    settled = getattr(weight, "_bitinfer_version", None) == version
+    if not settled:
+        weight._bitinfer_version = version  # type: ignore[attr-defined]
+    return settled

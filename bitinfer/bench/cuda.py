@@ -138,8 +138,9 @@ def capture(case: Case) -> tuple[torch.cuda.CUDAGraph, int, Any, Any]:
     launches = launches_of(case.m, case.copies)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # where capture wants the first calls, which may still allocate and compile
-        for i in range(min(case.copies, 3)):
+    # where capture wants the first calls, which may still allocate and compile, and which make each weight a known one
+    with torch.cuda.stream(side):
+        for i in range(min(case.copies, launches)):
             case.run(i)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

@@ -2,8 +2,9 @@
 //
 // Programmatic dependent launch (sm_90 and later): a kernel launched with `overlap` may start before the kernel ahead
 // of it in the stream has finished. It then must call wait_for_previous_kernel() before it touches anything that an
-// earlier kernel may have written, and may read packed weights before that: pack_signs lets no kernel start before its
-// last block is through.
+// earlier kernel may have written. The products read packed weights before that, so they are launched this way only
+// where the weights are known to be settled: a block's exit, which lets the next kernel start, does not yet show what
+// it wrote.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,6 +29,7 @@ struct Device {
 struct Launch {
   cudaStream_t stream = nullptr;
   Device device = {};
+  bool settled = true;  // no kernel still under way writes the weights
 };
 
 // Launches kernel(args...); with `overlap` it may begin before the previous kernel of the stream ends.
@@ -48,7 +50,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& on, dim3 grid, d
   config.dynamicSmemBytes = shared_bytes;
   config.stream = on.stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap && on.device.architecture >= 90 ? 1 : 0;
+  config.numAttrs = overlap && on.settled && on.device.architecture >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...);
 }
 

@@ -56,11 +56,11 @@ struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   Launch launch;
 
-  OnDevice(const char* op, const Tensor& tensor)
+  OnDevice(const char* op, const Tensor& tensor, bool settled = true)
       : call{op, aoti_torch_device_type_cuda(), tensor.get_device_index()}, guard(tensor.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device_index, &stream));
-    launch = {static_cast<cudaStream_t>(stream), device_of(call, call.device_index)};
+    launch = {static_cast<cudaStream_t>(stream), device_of(call, call.device_index), settled};
   }
 
   // Memory for as long as the tensor lives, and afterwards until the stream has got so far.
@@ -139,10 +139,11 @@ void fixed_point_gemm(const OnDevice& on, const SignGemm& p, Kernel kernel) {
             : cuda::fixed_gemm_decode_grouped(gemm, cuda::fixed_gemm_decode_grouped_plan(gemm, device), on.launch));
 }
 
+template <bool kSettled>
 Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor weight_scale, OptionalTensor in_scale,
                  OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias, int64_t group_size,
                  std::optional<double> norm_eps) {
-  const OnDevice on("sign_gemm", x);
+  const OnDevice on("sign_gemm", x, kSettled);
   const SignGemmCall call(on.call, x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias,
                           group_size);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
@@ -162,10 +163,11 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
   return *call.y;
 }
 
+template <bool kSettled>
 Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTensor act_shift, Tensor weight,
                      int64_t in_features, OptionalTensor weight_scale, OptionalTensor group_shift, OptionalTensor bias,
                      int64_t group_size, int64_t block_size, std::optional<double> norm_eps, ScalarType dtype) {
-  const OnDevice on("popcount_gemm", planes);
+  const OnDevice on("popcount_gemm", planes, kSettled);
   const PopcountGemmCall call(on.call, planes, act_scale, act_sum, act_shift, weight, in_features, weight_scale,
                               group_shift, bias, group_size, block_size, dtype);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
@@ -221,13 +223,24 @@ std::string cuda_kernel(std::string op, int64_t m, int64_t n, int64_t k, int64_t
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   m.def("cuda_kernel(str op, int m, int n, int k, int bits, int group_size, int planes) -> str");
+  // The same as the ops without the suffix, where the caller knows that no kernel still under way on the stream writes
+  // the weight: it may be read before the kernel ahead has finished.
+  m.def(
+      "sign_gemm_settled(Tensor x, Tensor weight, int in_features, Tensor? weight_scale, Tensor? in_scale,"
+      " Tensor? in_shift, Tensor? group_shift, Tensor? bias, int group_size, float? norm_eps) -> Tensor");
+  m.def(
+      "popcount_gemm_settled(Tensor planes, Tensor act_scale, Tensor act_sum, Tensor? act_shift, Tensor weight,"
+      " int in_features, Tensor? weight_scale, Tensor? group_shift, Tensor? bias, int group_size, int block_size,"
+      " float? norm_eps, ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
   m.impl("pack_activations", TORCH_BOX(&pack_activations));
-  m.impl("sign_gemm", TORCH_BOX(&sign_gemm));
-  m.impl("popcount_gemm", TORCH_BOX(&popcount_gemm));
+  m.impl("sign_gemm", TORCH_BOX(&sign_gemm<false>));
+  m.impl("popcount_gemm", TORCH_BOX(&popcount_gemm<false>));
+  m.impl("sign_gemm_settled", TORCH_BOX(&sign_gemm<true>));
+  m.impl("popcount_gemm_settled", TORCH_BOX(&popcount_gemm<true>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CompositeExplicitAutograd, m) {

@@ -14,10 +14,10 @@ bool prefers_decode(int64_t m, int64_t bits, const DecodePlan& plan) {
   return columns <= 16 || (columns <= 32 && plan.tiles <= 2);
 }
 
-// sign_gemm_wgmma rounds in_scale * x to the type of x. For float16 that error is as large as all of a dense layer's
-// and may come out larger; the other kernels carry more digits.
+// sign_gemm_wgmma rounds in_scale * x to the 16 bits of x. That error is as large as all of a dense layer's and may
+// come out larger; the other kernels carry more digits.
 bool takes_accurately(const SignGemm& p, const Device& device) {
-  return !(p.in_scale && p.x.dtype == Dtype::kFloat16) && sign_gemm_wgmma_takes(p, device);
+  return !p.in_scale && sign_gemm_wgmma_takes(p, device);
 }
 
 bool allows(std::string_view forced, Kernel kernel) { return forced.empty() || forced == kernel_name(kernel); }

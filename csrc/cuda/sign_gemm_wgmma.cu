@@ -1,6 +1,6 @@
 // y[t, n] = power[t] * sum over groups g of scale[n, g] * sum over k in g of s[n, k] * z[t, k]  +  shift[t] + bias[n]
-// signs s [N, K/32] words, z [M, K] (x itself, or what scale_activations made of it), scale [N, groups], power, shift
-// [M]
+// signs s [N, K/32] words, z [M, K] (x itself, or what scale_activations made of it), scale [N, groups], power and
+// shift [M]
 //
 // For batches and prefill on Hopper. Weights are the left operand of wgmma, expanded from packed words to +1 and -1 in
 // registers; tokens are its columns and come through TMA. Two warpgroups multiply, one warp loads z and one the words.
@@ -8,12 +8,14 @@
 //   wide    one persistent block per multiprocessor; a tile is 256 rows of weights (128 a warpgroup) times 128 tokens.
 //           Packed rows are nearly free to load, so tiles are tall: half the traffic of 128 x 256. The last, partial
 //           wave is cut into tiles of 128 rows. Bound by the tensor cores, and by power.
-//   narrow  a block is 64 rows times 16, 32, 64 or 128 tokens and shares K: with the other blocks of its cluster, and
-//           its warpgroups with each other. For few tokens; bound by latency, then by reading z from L2.
+//   narrow  a block is 128 rows times 16 or 32 tokens, or 64 rows times 64 or 128, and shares K: with the other blocks
+//           of its cluster, and its warpgroups with each other. For few tokens; bound by latency, then by reading z
+//           from L2.
 //
 // With groups, the expanded weight is the scale, rounded to the 16 bits of x, instead of one; otherwise the scale is
 // applied to the sums.
 #include <algorithm>
+#include <limits>
 
 #include "scale_activations.h"
 #include "sign_gemm_wgmma.cuh"
@@ -25,26 +27,8 @@ namespace {
 
 using namespace sign_gemm_detail;
 
-constexpr int kMaxSplit = 8;  // blocks of a cluster
-constexpr int kWideTokens = 128, kWideRows = 256;
 constexpr int kWideThreads = 3 * kGroup;  // so that registers can move to the warpgroups that multiply
 constexpr int kWideStages = 4, kWideBoxes = 2;
-
-struct Tile {
-  bool whole;
-  int row, token;
-};
-
-// What the wide kernel works through: whole tiles, then halves of tiles.
-struct Tiles {
-  int rows, whole, units;  // tiles from top to bottom of a column of tokens; whole tiles; those and halves
-
-  __host__ __device__ Tile at(int unit) const {
-    const int half = unit - whole, index = half < 0 ? unit : whole + half / 2;
-    const int row = index % rows * kWideRows + (half < 0 ? 0 : half % 2 * (kWideRows / 2));
-    return {half < 0, row, index / rows * kWideTokens};
-  }
-};
 
 using WideLayout = Layout<kWideTokens, kWideRows, kWideStages, kWideBoxes>;
 
@@ -332,29 +316,31 @@ Tiles wide_tiles(int64_t m, int64_t n, const Device& device) {
   return {static_cast<int>(rows), static_cast<int>(whole), static_cast<int>(whole + 2 * (all - whole))};
 }
 
-// The cheapest way in cycles, by a model that was fitted to measurements on an H200: each block costs `fixed` cycles
-// and `stage` cycles a stage; blocks of a multiprocessor share its time, but with few tokens most of that is waiting.
+// The cheapest way in cycles, by a model fitted to measurements on an H200: waves of narrow blocks, each of which costs
+// `fixed` cycles and `stage` cycles a stage. Clusters of more than two blocks leave some multiprocessors unused.
 Plan plan(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int64_t blocks = device.multiprocessors, stages = ceil_div(k, kStageColumns);
   const int tokens = m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128;
-  const int64_t stage = tokens == 128 ? 512 : tokens == 64 ? 730 : 400;
-  const int64_t fixed = tokens == 128 ? 8000 : tokens == 64 ? 6000 : 5000;
+  const int64_t stage = tokens == 128 ? 470 : tokens == 64 ? 725 : 600, fixed = tokens == 128 ? 9000 : 5000;
   const int64_t tiles = ceil_div(n, narrow_rows(tokens)) * ceil_div(m, tokens);
+  const int64_t resident = blocks * narrow_resident(tokens);
 
-  Plan best{Variant::kWide, kWideTokens, 1, wide_tiles(m, n, device)};
-  const int64_t wholes = ceil_div(best.tiles.whole, blocks);
-  const int64_t halves = ceil_div(best.tiles.units - best.tiles.whole, blocks);
-  int64_t least = stages * 1024 * (2 * wholes + halves) + 10000;
-  for (int split = 1; split <= kMaxSplit && (split == 1 || split * 4 <= stages); ++split) {
-    const int64_t waves = ceil_div(tiles * split, blocks);
-    const int64_t shared = tokens <= 32 ? std::max<int64_t>(10, 6 * waves) : 10 * waves;  // tenths
-    const int64_t cycles = stage * ceil_div(stages, split) * shared / 10 + 5000 + fixed * waves;
+  Plan best{Variant::kNarrow, tokens, 1, wide_tiles(m, n, device)};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const int split : {1, 2, 3, 4, 6, 8}) {
+    if (split > 1 && split * 4 > stages) break;
+    const int64_t waves = ceil_div(tiles * split, split > 2 ? resident * 9 / 10 : resident);
+    const int64_t cycles = waves * (stage * ceil_div(stages, split) + fixed) + 2500;
     if (cycles < least) {
       least = cycles;
-      best.variant = Variant::kNarrow;
-      best.tokens = tokens;
       best.split = split;
     }
+  }
+  const int64_t wholes = ceil_div(best.tiles.whole, blocks);
+  const int64_t halves = ceil_div(best.tiles.units - best.tiles.whole, blocks);
+  if (m > 64 && stages * 1024 * (2 * wholes + halves) + 6000 < least) {
+    best.variant = Variant::kWide;
+    best.tokens = kWideTokens;
   }
   return best;
 }
@@ -385,17 +371,17 @@ cudaError_t launch_narrow(const Problem& p, const CUtensorMap& z, const CUtensor
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.split), 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.split), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.split, ceil_div(p.n, narrow_rows(kTokens)), ceil_div(p.m, kTokens));
   config.blockDim = kNarrowThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = on.stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = on.settled ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, z, signs, p);
 }
 

@@ -32,6 +32,24 @@ struct Problem {
   __host__ __device__ int stages() const { return (k + kStageColumns - 1) / kStageColumns; }
 };
 
+constexpr int kWideTokens = 128, kWideRows = 256;  // of a tile of the wide kernel
+
+struct Tile {
+  bool whole;
+  int row, token;
+};
+
+// What the wide kernel works through: whole tiles, then halves of tiles.
+struct Tiles {
+  int rows, whole, units;  // tiles from top to bottom of a column of tokens; whole tiles; those and halves
+
+  __host__ __device__ Tile at(int unit) const {
+    const int half = unit - whole, index = half < 0 ? unit : whole + half / 2;
+    const int row = index % rows * kWideRows + (half < 0 ? 0 : half % 2 * (kWideRows / 2));
+    return {half < 0, row, index / rows * kWideTokens};
+  }
+};
+
 // Where things lie in shared memory.
 template <int kTokens, int kBoxRows, int kStageSlots, int kBoxes>
 struct Layout {
