@@ -26,8 +26,6 @@
 namespace bitinfer::cuda {
 namespace {
 
-constexpr int kKWarps = 8;
-
 // Registers allow this many warps in each of two blocks of a multiprocessor.
 constexpr int max_warps(int column_groups, int rounds) {
   return column_groups * rounds <= 2 || (column_groups == 3 && rounds == 1) ? 16 : 8;
@@ -53,9 +51,6 @@ struct Arguments {
   int pitch;                 // bytes from one row of weights to the next in shared memory
   int rows_all;              // that a block has room for
 };
-
-// Eight lanes read 16 bytes each of two rows without bank conflicts if the pitch is an odd multiple of 64.
-constexpr int pitch_of(int words) { return ((words + kChunkWords - 1) / kChunkWords * 64) | 64; }
 
 // What the epilogue needs of a token.
 template <bool kFixed>
@@ -124,7 +119,8 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
     return v;
   };
   const uint32_t at_lane = base + g * a.pitch + 16 * t;
-  copy_async_wait();
+  copy_async_commit();
+  copy_async_wait<0>();
   __syncthreads();
   wait_for_previous_kernel();
 
@@ -158,11 +154,11 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
         for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
-            mma_b1_k256(c[b][j], upper[b].x, lower[b].x, upper[b].y, lower[b].y, x[i][j].x, x[i][j].y);
+            multiply_b1_k256(c[b][j], {upper[b].x, lower[b].x, upper[b].y, lower[b].y}, x[i][j].x, x[i][j].y);
           }
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
-            mma_b1_k256(c[b][j], upper[b].z, lower[b].z, upper[b].w, lower[b].w, x[i][j].z, x[i][j].w);
+            multiply_b1_k256(c[b][j], {upper[b].z, lower[b].z, upper[b].w, lower[b].w}, x[i][j].z, x[i][j].w);
           }
         }
       }

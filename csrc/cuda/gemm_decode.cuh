@@ -3,11 +3,16 @@
 
 #include "common.cuh"
 #include "fixed_point.h"
-#include "mma_b1.cuh"
+#include "mma.cuh"
 
 namespace bitinfer::cuda {
 
+constexpr int kKWarps = 8;                       // that share the columns of a row tile
 constexpr int kTileRows = 16, kChunkWords = 16;  // a chunk is 512 columns: 64 bytes of a row
+
+// From one row of weights in shared memory to the next, in bytes: eight lanes read 16 bytes each of two rows without
+// bank conflicts if it is an odd multiple of 64.
+constexpr int pitch_of(int words) { return ((words + kChunkWords - 1) / kChunkWords * 64) | 64; }
 
 // Numbers that a row has per slot: one a token, two a token in fixed point (its lower 16 bits and its upper 8), and for
 // one-bit activations one more, the row's set bits.
@@ -18,10 +23,6 @@ inline bool is_aligned(const uint32_t* words) { return reinterpret_cast<uintptr_
 
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {

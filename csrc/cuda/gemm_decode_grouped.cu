@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(max_warps(kGroups) * 32, kGroups <= 6 ? 2 : 1)
     s.scale = __ldcg(a.act_scale + token * a.blocks + (a.block_size == 0 ? 0 : column / a.block_size));
     s.shift = a.act_shift == nullptr ? 0.0f : __ldcg(a.act_shift + token);
   }
-  copy_async_wait();
+  copy_async_commit();
+  copy_async_wait<0>();
   __syncthreads();
 
   // ---- the products
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(max_warps(kGroups) * 32, kGroups <= 6 ? 2 : 1)
         const uint32_t lower = load_shared_word(at + 4 * word + 8 * layout.pitch);
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
-          mma_b1_k128(c[j], upper, lower, load_shared_word(at_planes + 8 * j * layout.pitch + 4 * word));
+          multiply_b1_k128(c[j], upper, lower, load_shared_word(at_planes + 8 * j * layout.pitch + 4 * word));
         }
       }
       int* const slot = slots + unit * results * weight_rows + tile * kTileRows;

@@ -42,11 +42,17 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 
 // ---- products. Of A, lane 4*g + t holds rows g (a[0], a[2]) and g + 8 (a[1], a[3]); of B, column g.
 
-// d = c + popcount(A & B) over 128 bits; word t of each row and column.
+// d = c + popcount(A & B), or d += popcount(A & B), over 128 bits; word t of each row and column.
 __device__ __forceinline__ void multiply_b1_k128(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, int c) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a0), "r"(a1), "r"(b), "r"(c));
+}
+
+__device__ __forceinline__ void multiply_b1_k128(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }
 
 // d += popcount(A & B) over 256 bits; words t (a[0], a[1], b0) and t + 4 (a[2], a[3], b1) of each row and column.

@@ -46,6 +46,27 @@ __device__ __forceinline__ Octet load_octet(const Floats& row, int column, int k
   return octet;
 }
 
+// The two numbers of 16 bits in a word; the last argument only names their type.
+__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __half) {
+  const float2 values = __half22float2(reinterpret_cast<const __half2&>(pair));
+  first = values.x;
+  second = values.y;
+}
+
+__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __nv_bfloat16) {
+  first = __uint_as_float(pair << 16);
+  second = __uint_as_float(pair & 0xffff0000u);
+}
+
+// The eight in four words.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kOctet]) {
+  unpack(raw.x, values[0], values[1], T{});
+  unpack(raw.y, values[2], values[3], T{});
+  unpack(raw.z, values[4], values[5], T{});
+  unpack(raw.w, values[6], values[7], T{});
+}
+
 __device__ __forceinline__ void to_floats(const Octet& octet, Dtype dtype, float (&values)[kOctet]) {
   if (dtype == Dtype::kFloat32) {
 #pragma unroll

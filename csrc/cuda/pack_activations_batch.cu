@@ -33,25 +33,6 @@ __device__ __forceinline__ uint32_t max_magnitudes(uint32_t largest, uint32_t pa
   return reinterpret_cast<const uint32_t&>(result);
 }
 
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __half) {
-  const float2 values = __half22float2(reinterpret_cast<const __half2&>(pair));
-  first = values.x;
-  second = values.y;
-}
-
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __nv_bfloat16) {
-  first = __uint_as_float(pair << 16);
-  second = __uint_as_float(pair & 0xffff0000u);
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kOctet]) {
-  unpack(raw.x, values[0], values[1], T{});
-  unpack(raw.y, values[2], values[3], T{});
-  unpack(raw.z, values[4], values[5], T{});
-  unpack(raw.w, values[6], values[7], T{});
-}
-
 // Column constants, from L1 where other rows have brought them. Volatile: loaded where they stand, or all of them would
 // be at once, in registers that other rows' loads need.
 __device__ __forceinline__ uint4 load_constants(const void* from) {

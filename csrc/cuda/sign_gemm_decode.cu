@@ -24,7 +24,7 @@
 namespace bitinfer::cuda {
 namespace {
 
-constexpr int kKWarps = 8, kGroups = 3, kPlanes = 24;
+constexpr int kGroups = 3, kPlanes = 24;
 constexpr int kPlaneInts = kPlanes * kChunkWords;  // of a warp: 1,536 bytes of shared memory
 constexpr uint32_t kSignPlane = 22;                // where the sign of q lies; plane 23 repeats it
 
@@ -39,28 +39,6 @@ struct Arguments {
   int pitch;                 // bytes from one row of weights to the next in shared memory
   int rows_all;              // that a block has room for
 };
-
-// Eight lanes read 16 bytes each of two rows without bank conflicts if the pitch is an odd multiple of 64.
-constexpr int pitch_of(int words) { return ((words + kChunkWords - 1) / kChunkWords * 64) | 64; }
-
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __half) {
-  const float2 values = __half22float2(reinterpret_cast<const __half2&>(pair));
-  first = values.x;
-  second = values.y;
-}
-
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, __nv_bfloat16) {
-  first = __uint_as_float(pair << 16);
-  second = __uint_as_float(pair & 0xffff0000u);
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kOctet]) {
-  unpack(raw.x, values[0], values[1], T{});
-  unpack(raw.y, values[2], values[3], T{});
-  unpack(raw.z, values[4], values[5], T{});
-  unpack(raw.w, values[6], values[7], T{});
-}
 
 // What a warp knows of its chunks: z = scale * q.
 struct Chunks {
@@ -118,7 +96,8 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
       if (a.in_shift != nullptr) in_shift[round][i] = load(a.in_shift, column_of(round, i));
     }
   }
-  copy_async_wait();
+  copy_async_commit();
+  copy_async_wait<0>();
   __syncthreads();
   wait_for_previous_kernel();
 
@@ -217,11 +196,11 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
       const uint4 upper = load_shared(at), lower = load_shared(at + 8 * a.pitch);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        mma_b1_k256(c[j], upper.x, lower.x, upper.y, lower.y, x[round][j].x, x[round][j].y);
+        multiply_b1_k256(c[j], {upper.x, lower.x, upper.y, lower.y}, x[round][j].x, x[round][j].y);
       }
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        mma_b1_k256(c[j], upper.z, lower.z, upper.w, lower.w, x[round][j].z, x[round][j].w);
+        multiply_b1_k256(c[j], {upper.z, lower.z, upper.w, lower.w}, x[round][j].z, x[round][j].w);
       }
     }
     combine_groups<kFixedPointBits, kGroups>(c, g, t, [&](int result, int row, int value) {
