@@ -14,7 +14,7 @@ import torch
 from bitinfer import BackendError, doctor, ops, tables, use_backend
 from bitinfer.backends import cuda as backend
 from bitinfer.backends.base import Problem
-from bitinfer.backends.cuda import MAX_INTEGER_COLUMNS, CUDABackend
+from bitinfer.backends.cuda import MAX_INTEGER_COLUMNS, CUDABackend, _settled
 from bitinfer.bench import BenchReport, Measurement, bench_kernels, peers
 from bitinfer.bench import cuda as bench
 from bitinfer.bench import plot as figures
@@ -286,3 +286,15 @@ def test_the_figures_of_a_gpu(tmp_path):
     assert [path.name for path in paths] == ["h200-sweep-4096x4096.png", "h200-roofline.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
     assert figures.intensity(result["measurements"][2]) == 16
+
+
+def test_constants_settle_until_they_are_written_to():
+    weight, bias = torch.zeros(3), torch.zeros(2)
+    assert not _settled(weight, None, bias)
+    assert _settled(weight, None, bias) and _settled(weight)
+    bias.add_(1)
+    assert not _settled(weight, bias)
+    assert _settled(weight, bias) and not _settled(weight.clone())
+    with torch.inference_mode():
+        created = torch.zeros(1)
+    assert not _settled(created) and not _settled(created)

@@ -82,28 +82,36 @@ class CUDABackend(Backend):
         return torch.ops.bitinfer_native.pack_signs(weight)
 
     def pack_activations(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.bitinfer_native.pack_activations(*args)
+        native = torch.ops.bitinfer_native
+        _x, in_scale, in_shift, *_ = args
+        return (native.pack_activations_settled if _settled(in_scale, in_shift) else native.pack_activations)(*args)
 
     def sign_gemm(self, *args: Any) -> Tensor:
         native = torch.ops.bitinfer_native
-        return (native.sign_gemm_settled if _is_settled(args[1]) else native.sign_gemm)(*args)
+        _x, weight, _in_features, *columns_and_rows, _group_size, _norm_eps = args
+        return (native.sign_gemm_settled if _settled(weight, *columns_and_rows) else native.sign_gemm)(*args)
 
     def popcount_gemm(self, *args: Any) -> Tensor:
         native = torch.ops.bitinfer_native
-        return (native.popcount_gemm_settled if _is_settled(args[4]) else native.popcount_gemm)(*args)
+        weight, _in_features, weight_scale, group_shift, bias = args[4:9]
+        known = _settled(weight, weight_scale, group_shift, bias)
+        return (native.popcount_gemm_settled if known else native.popcount_gemm)(*args)
 
 
-def _is_settled(weight: Tensor) -> bool:
-    """Return whether an earlier call has met this weight as it is now, and note that this one has.
+def _settled(*constants: Tensor | None) -> bool:
+    """Return whether earlier calls have met all these tensors as they are now, and note that this one has.
 
-    The kernels then read it while the kernel ahead of them in the stream still runs, which must not be the one that
-    wrote it. Writes are seen through torch's version counter; not those behind its back (``weight.data``), which only
+    The kernels then read them while the kernel ahead in the stream still runs, which must not be the one that wrote
+    them. Writes are seen through torch's version counter; not those behind its back (``weight.data``), which only
     matter if nothing else runs between such a write and the call.
     """
-    if weight.is_inference():  # has no version counter
-        return False
-    version = weight._version
-    settled = getattr(weight, "_bitinfer_version", None) == version
-    if not settled:
-        weight._bitinfer_version = version  # type: ignore[attr-defined]
+    settled = True
+    for tensor in constants:
+        if tensor is None:
+            continue
+        if tensor.is_inference():  # has no version counter
+            settled = False
+        elif getattr(tensor, "_bitinfer_version", None) != tensor._version:
+            tensor._bitinfer_version = tensor._version  # type: ignore[attr-defined]
+            settled = False
     return settled

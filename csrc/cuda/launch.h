@@ -29,7 +29,7 @@ struct Device {
 struct Launch {
   cudaStream_t stream = nullptr;
   Device device = {};
-  bool settled = true;  // no kernel still under way writes the weights
+  bool settled = true;  // no kernel still under way writes weights or what belongs to them
 };
 
 // Launches kernel(args...); with `overlap` it may begin before the previous kernel of the stream ends.

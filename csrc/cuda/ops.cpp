@@ -103,9 +103,10 @@ Tensor pack_signs(Tensor weight) {
   return call.words;
 }
 
+template <bool kSettled>
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTensor in_scale, OptionalTensor in_shift,
                                                             int64_t bits, int64_t block_size, int64_t group_size) {
-  const OnDevice on("pack_activations", x);
+  const OnDevice on("pack_activations", x, kSettled);
   const PackActivationsCall call(on.call, x, in_scale, in_shift, bits, block_size, group_size);
   check(on.call, cuda::pack_activations(call.problem, call.rows.m, on.launch));
   return call.results();
@@ -224,7 +225,10 @@ std::string cuda_kernel(std::string op, int64_t m, int64_t n, int64_t k, int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   m.def("cuda_kernel(str op, int m, int n, int k, int bits, int group_size, int planes) -> str");
   // The same as the ops without the suffix, where the caller knows that no kernel still under way on the stream writes
-  // the weight: it may be read before the kernel ahead has finished.
+  // the weight, a scale, a shift or the bias: these may be read before the kernel ahead has finished.
+  m.def(
+      "pack_activations_settled(Tensor x, Tensor? in_scale, Tensor? in_shift, int bits, int block_size,"
+      " int group_size) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sign_gemm_settled(Tensor x, Tensor weight, int in_features, Tensor? weight_scale, Tensor? in_scale,"
       " Tensor? in_shift, Tensor? group_shift, Tensor? bias, int group_size, float? norm_eps) -> Tensor");
@@ -236,7 +240,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
-  m.impl("pack_activations", TORCH_BOX(&pack_activations));
+  m.impl("pack_activations", TORCH_BOX(&pack_activations<false>));
+  m.impl("pack_activations_settled", TORCH_BOX(&pack_activations<true>));
   m.impl("sign_gemm", TORCH_BOX(&sign_gemm<false>));
   m.impl("popcount_gemm", TORCH_BOX(&popcount_gemm<false>));
   m.impl("sign_gemm_settled", TORCH_BOX(&sign_gemm<true>));

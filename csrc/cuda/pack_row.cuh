@@ -297,16 +297,16 @@ template <typename... Parameters>
 cudaError_t launch_teams(void (*kernel)(Parameters...), const Launch& on, int64_t m, const RowPlan& plan,
                          const Parameters&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(m * plan.blocks));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.stream = on.stream;
   config.attrs = attributes;
-  config.numAttrs = on.device.architecture < 90 ? 0 : plan.blocks > 1 ? 2 : 1;
+  config.numAttrs = on.device.architecture < 90 ? 0 : on.settled ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
