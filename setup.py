@@ -38,8 +38,8 @@ def torch_version() -> str | None:
 
 
 def which(tool: str) -> str | None:
-    # pip puts cmake and ninja beside Python, which is on the PATH only of an activated environment
-    return shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
+    # pip puts cmake and ninja beside Python, newer than a system's, and on the PATH only of an activated environment
+    return shutil.which(tool, path=str(Path(sys.executable).parent)) or shutil.which(tool)
 
 
 def nvcc() -> str | None:
