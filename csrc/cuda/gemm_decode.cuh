@@ -1,4 +1,4 @@
-// What the two decode kernels share: copies to shared memory, and how the planes of a result are combined.
+// What the decode kernels share: copies to shared memory, and how the planes of a result are combined.
 #pragma once
 
 #include "common.cuh"
