@@ -1,6 +1,12 @@
 """The CUDA backend as part of a program: streams, graphs, torch.compile, several GPUs, weights that change."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from bitinfer.weight import BinaryWeight
 require_cuda()
 
 BITS = [None, 8, 1]
+WORKER = Path(__file__).with_name("cuda_sanitizer_worker.py")
 SLEEP = 200_000_000  # cycles: about a tenth of a second
 
 
@@ -296,3 +303,25 @@ def test_compiled_sign_gemm_wants_everything_on_the_gpu(name: str) -> None:
         CUDA.sign_gemm(
             x, arguments["weight"], 64, None, arguments["in_scale"], w.in_shift, None, arguments["bias"], 0, None
         )
+
+
+# ----------------------------------------------------------------------------------------------------------- sanitizer
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    result = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, str(WORKER)],
+        env={
+            **os.environ,
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # else a read past a tensor's end stays inside torch's own memory
+            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    assert re.search(r"^\d+ calls$", result.stdout, re.M), result.stdout[-5000:]
