@@ -12,11 +12,11 @@ ACT_BITS = (8, 4, 2, 1)
 BLOCK_SIZE = 256  # the one block size of activation scales
 
 
-def _activations(op: str, x: Tensor) -> None:
+def _activations(op: str, x: Tensor, name: str = "x") -> None:
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension [..., in_features], got a scalar")
+        raise ValueError(f"{op}: {name} must have at least one dimension [..., in_features], got a scalar")
 
 
 def _columns(op: str, name: str, tensor: Tensor | None, k: int) -> None:
@@ -40,9 +40,10 @@ def _sizes(op: str, block_size: int, group_size: int) -> None:
         )
 
 
-def _norm(op: str, norm_eps: float | None) -> None:
-    if norm_eps is not None and not 0 <= norm_eps < float("inf"):
-        raise ValueError(f"{op}: norm_eps must be None or a finite number from 0, got {norm_eps}")
+def _norm(op: str, eps: float | None, name: str = "norm_eps") -> None:
+    if eps is not None and not 0 <= eps < float("inf"):
+        none = "None or " if name == "norm_eps" else ""
+        raise ValueError(f"{op}: {name} must be {none}a finite number from 0, got {eps}")
 
 
 def _weight(
@@ -92,8 +93,62 @@ def check_pack_signs(weight: Tensor) -> None:
 def check_pack_activations(
     x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
 ) -> None:
-    op = "pack_activations"
-    _activations(op, x)
+    _pack_activations("pack_activations", x, in_scale, in_shift, bits, block_size, group_size)
+
+
+def check_rms_norm_pack_activations(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    bits: int,
+    block_size: int,
+    group_size: int,
+) -> None:
+    op = "rms_norm_pack_activations"
+    _pack_activations(op, x, in_scale, in_shift, bits, block_size, group_size)
+    _norm(op, eps, "eps")
+    if residual is not None:
+        _like(op, "residual", residual, "x", x, x.shape)
+    _like(op, "norm_weight", norm_weight, "x", x, x.shape[-1:])
+    _device(op, x, residual=residual, norm_weight=norm_weight)
+
+
+def check_silu_mul_pack_activations(
+    gate: Tensor,
+    up: Tensor,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    bits: int,
+    block_size: int,
+    group_size: int,
+) -> None:
+    op = "silu_mul_pack_activations"
+    _pack_activations(op, gate, in_scale, in_shift, bits, block_size, group_size, "gate")
+    _like(op, "up", up, "gate", gate, gate.shape)
+    _device(op, gate, up=up)
+
+
+def _like(op: str, name: str, tensor: Tensor, other: str, like: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {other}, {like.dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def _pack_activations(
+    op: str,
+    x: Tensor,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    bits: int,
+    block_size: int,
+    group_size: int,
+    name: str = "x",
+) -> None:
+    _activations(op, x, name)
     if bits not in ACT_BITS:
         raise ValueError(f"{op}: bits must be one of {ACT_BITS}, got {bits}")
     _sizes(op, block_size, group_size)

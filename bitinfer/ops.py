@@ -1,4 +1,4 @@
-"""The four ops: schemas, argument checks, shape functions, and the documented functional API.
+"""The ops: schemas, argument checks, shape functions, and the documented functional API.
 
 They are registered as ``torch.ops.bitinfer.*``: opaque to ``torch.compile``, which never breaks the graph on them.
 Each call asks :mod:`bitinfer.dispatch` for the backend that runs it.
@@ -12,7 +12,14 @@ from torch import Tensor
 from bitinfer.autograd import BinaryLinearFunction
 from bitinfer.backends.base import Problem
 from bitinfer.backends.reference import segment_size
-from bitinfer.checks import check_pack_activations, check_pack_signs, check_popcount_gemm, check_sign_gemm
+from bitinfer.checks import (
+    check_pack_activations,
+    check_pack_signs,
+    check_popcount_gemm,
+    check_rms_norm_pack_activations,
+    check_sign_gemm,
+    check_silu_mul_pack_activations,
+)
 from bitinfer.dispatch import select
 from bitinfer.packing import words_per_row
 from bitinfer.weight import group_count
@@ -32,6 +39,14 @@ SCHEMAS = {
         "(Tensor planes, Tensor act_scale, Tensor act_sum, Tensor? act_shift, Tensor weight, int in_features,"
         " Tensor? weight_scale, Tensor? group_shift, Tensor? bias, int group_size, int block_size, float? norm_eps,"
         " ScalarType dtype) -> Tensor"
+    ),
+    "rms_norm_pack_activations": (
+        "(Tensor x, Tensor? residual, Tensor norm_weight, float eps, Tensor? in_scale, Tensor? in_shift, int bits,"
+        " int block_size, int group_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "silu_mul_pack_activations": (
+        "(Tensor gate, Tensor up, Tensor? in_scale, Tensor? in_shift, int bits, int block_size, int group_size)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -86,6 +101,67 @@ def pack_activations(
         TypeError, ValueError: an argument has the wrong dtype, shape or value.
     """
     return torch.ops.bitinfer.pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+
+
+def rms_norm_pack_activations(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bits: int,
+    *,
+    residual: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    block_size: int = 0,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pack ``norm_weight * RMSNorm(x + residual)``: what a decoder layer does in front of its projections, in one op.
+
+    Each step is rounded to the dtype of ``x`` as in transformers' ``LlamaRMSNorm``: the sum, the normalised values, and
+    their product with ``norm_weight``; the mean of squares is float32, in an order that differs between backends.
+
+    Args:
+        x, residual: float32, float16 or bfloat16 ``[..., K]`` of one dtype and shape, any strides.
+        norm_weight: ``[K]`` in the dtype of ``x``.
+        eps: added to the mean of squares.
+        bits, in_scale, in_shift, block_size, group_size: as in :func:`pack_activations`.
+
+    Returns:
+        The four results of :func:`pack_activations`, and ``x + residual`` ``[..., K]`` (``[0]`` without a residual).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value.
+    """
+    return torch.ops.bitinfer.rms_norm_pack_activations(
+        x, residual, norm_weight, eps, in_scale, in_shift, bits, block_size, group_size
+    )
+
+
+def silu_mul_pack_activations(
+    gate: Tensor,
+    up: Tensor,
+    bits: int,
+    *,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    block_size: int = 0,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pack ``silu(gate) * up``: what a gated MLP does in front of its down projection, in one op.
+
+    Both steps are rounded to the dtype of ``gate``, as in transformers' ``LlamaMLP``.
+
+    Args:
+        gate, up: float32, float16 or bfloat16 ``[..., K]`` of one dtype and shape, any strides.
+        bits, in_scale, in_shift, block_size, group_size: as in :func:`pack_activations`.
+
+    Returns:
+        The results of :func:`pack_activations`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value.
+    """
+    return torch.ops.bitinfer.silu_mul_pack_activations(gate, up, in_scale, in_shift, bits, block_size, group_size)
 
 
 def sign_gemm(
@@ -262,10 +338,26 @@ def _pack_signs(weight: Tensor) -> Tensor:
 
 def _pack_activations(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_pack_activations(*args)
-    x, _in_scale, _in_shift, bits, _block_size, group_size = args
+    return select(_packing_problem(*args)).pack_activations(*args)
+
+
+def _packing_problem(
+    x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, bits: int, block_size: int, group_size: int
+) -> Problem:
     k = x.shape[-1]
-    problem = Problem("pack_activations", x.device.type, x.dtype, bits, m=_tokens(x), k=k, group_size=group_size)
-    return select(problem).pack_activations(*args)
+    return Problem("pack_activations", x.device.type, x.dtype, bits, m=_tokens(x), k=k, group_size=group_size)
+
+
+def _rms_norm_pack_activations(*args: Any) -> tuple[Tensor, ...]:
+    check_rms_norm_pack_activations(*args)
+    x, _residual, _norm_weight, _eps, *pack = args
+    return select(_packing_problem(x, *pack)).rms_norm_pack_activations(*args)
+
+
+def _silu_mul_pack_activations(*args: Any) -> tuple[Tensor, ...]:
+    check_silu_mul_pack_activations(*args)
+    gate, _up, *pack = args
+    return select(_packing_problem(gate, *pack)).silu_mul_pack_activations(*args)
 
 
 def _sign_gemm(*args: Any) -> Tensor:
@@ -320,6 +412,18 @@ def _fake_pack_activations(
     )
 
 
+def _fake_rms_norm_pack_activations(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, *pack: Any
+) -> tuple[Tensor, ...]:
+    check_rms_norm_pack_activations(x, residual, norm_weight, eps, *pack)
+    return (*_fake_pack_activations(x, *pack), x.new_empty(0 if residual is None else x.shape))
+
+
+def _fake_silu_mul_pack_activations(gate: Tensor, up: Tensor, *pack: Any) -> tuple[Tensor, ...]:
+    check_silu_mul_pack_activations(gate, up, *pack)
+    return _fake_pack_activations(gate, *pack)
+
+
 def _fake_sign_gemm(*args: Any) -> Tensor:
     check_sign_gemm(*args)
     x, weight = args[:2]
@@ -337,6 +441,8 @@ for _name, _implementation, _fake in (
     ("pack_activations", _pack_activations, _fake_pack_activations),
     ("sign_gemm", _sign_gemm, _fake_sign_gemm),
     ("popcount_gemm", _popcount_gemm, _fake_popcount_gemm),
+    ("rms_norm_pack_activations", _rms_norm_pack_activations, _fake_rms_norm_pack_activations),
+    ("silu_mul_pack_activations", _silu_mul_pack_activations, _fake_silu_mul_pack_activations),
 ):
     torch.library.define(f"bitinfer::{_name}", SCHEMAS[_name])
     torch.library.impl(f"bitinfer::{_name}", "CompositeExplicitAutograd", _implementation)

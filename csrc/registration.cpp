@@ -13,5 +13,11 @@ STABLE_TORCH_LIBRARY(bitinfer_native, m) {
       "popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, Tensor? act_shift, Tensor weight,"
       " int in_features, Tensor? weight_scale, Tensor? group_shift, Tensor? bias, int group_size, int block_size,"
       " float? norm_eps, ScalarType dtype) -> Tensor");
+  m.def(
+      "rms_norm_pack_activations(Tensor x, Tensor? residual, Tensor norm_weight, float eps, Tensor? in_scale,"
+      " Tensor? in_shift, int bits, int block_size, int group_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "silu_mul_pack_activations(Tensor gate, Tensor up, Tensor? in_scale, Tensor? in_shift, int bits, int block_size,"
+      " int group_size) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa() -> str");
 }

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_problems import CUDA, make, require_cuda, words
+from cuda_problems import CUDA, REFERENCE, make, poisoned, require_cuda, words
 from torch import Tensor
 
 from bitinfer import BinaryLinear, ops
+from bitinfer.backends.reference import unpack_activations
 from bitinfer.testing.problems import EVERYTHING, FBI, GROUPS, ROW
-from bitinfer.weight import BinaryWeight
+from bitinfer.weight import FLOAT_DTYPES, BinaryWeight
 
 require_cuda()
 
@@ -193,6 +194,35 @@ def test_weights_packed_just_before_a_call_are_seen(m: int, bits: int | None) ->
     assert all(torch.equal(y, expected[i // 2 % 4]) for i, y in enumerate(outputs))
 
 
+# -------------------------------------------------------------------------------------------------------- fused packers
+def assert_same_but_for_ties(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], x: Tensor) -> None:
+    """Integers may fall to the other side of a half, rarely: the values behind them are rounded once more or less."""
+    k = x.shape[-1]
+    off = (unpack_activations(actual[0], k) - unpack_activations(expected[0], k)).abs()
+    assert off.max() <= 1 and (off != 0).float().mean() < 0.02
+    assert torch.equal(actual[2].squeeze(-1), unpack_activations(actual[0], k).sum(-1).to(torch.int32))
+    for a, b in zip(actual[1::2], expected[1::2], strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(x.dtype).eps, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("k", [320, 1111, 4096, 11008])
+@pytest.mark.parametrize("m", [1, 5, 64])
+def test_fused_packers(m: int, k: int, dtype: torch.dtype) -> None:
+    x, weight = make(m, 8, k, FBI, dtype)
+    residual, norm = torch.randn_like(x), torch.randn_like(x[0])
+    tail = (weight.in_scale, weight.in_shift, 8, 0, 0)
+    for other in (residual, None):
+        for _ in range(2):  # the second time the weights are settled
+            *packed, hidden = poisoned(lambda other=other: CUDA.rms_norm_pack_activations(x, other, norm, 1e-5, *tail))
+        *expected, exact = REFERENCE.rms_norm_pack_activations(x, other, norm, 1e-5, *tail)
+        assert torch.equal(hidden, exact)
+        assert_same_but_for_ties(tuple(packed), tuple(expected), x)
+    gate, up = torch.randn(m, 2 * k, device="cuda").to(dtype).split(k, -1)  # rows with a stride
+    packed = poisoned(lambda: CUDA.silu_mul_pack_activations(gate, up, *tail))
+    assert_same_but_for_ties(packed, REFERENCE.silu_mul_pack_activations(gate, up, *tail), x)
+
+
 # -------------------------------------------------------------------------------------------------------- torch's tools
 @pytest.mark.parametrize("bits", BITS)
 def test_compile_has_no_graph_break(bits: int | None, compiler: str) -> None:
@@ -231,10 +261,15 @@ def op_calls() -> dict[str, tuple]:
         "sign_gemm": (x, w.signs, 320, w.scale, w.in_scale, w.in_shift, w.group_shift, w.bias, 64, 1e-5),
         "popcount_gemm": (*packed, w.signs, 320, w.scale, w.group_shift, w.bias, 64, 256, 1e-5, torch.bfloat16),
         "popcount_gemm, few": (*act, None, plain.signs, 320, plain.scale, None, None, 128, 0, None, torch.float32),
+        "rms_norm_pack_activations": (x, x + 1, x[0], 1e-5, w.in_scale, w.in_shift, 4, 256, 64),
+        "silu_mul_pack_activations": (x, x + 1, w.in_scale, w.in_shift, 4, 256, 64),
     }
 
 
-@pytest.mark.parametrize("name", ["pack_signs", "pack_activations", "sign_gemm", "popcount_gemm", "popcount_gemm, few"])
+OPS = ["pack_signs", "pack_activations", "sign_gemm", "popcount_gemm", "popcount_gemm, few"]
+
+
+@pytest.mark.parametrize("name", [*OPS, "rms_norm_pack_activations", "silu_mul_pack_activations"])
 def test_opcheck(name: str) -> None:
     op = getattr(torch.ops.bitinfer, name.split(",")[0])
     torch.library.opcheck(op.default, op_calls()[name])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bitinfer import BackendError, ops, use_backend
 from bitinfer.backends.base import Problem
@@ -173,6 +174,9 @@ def op_calls() -> dict[str, tuple]:
         "sign_gemm": (x, w.signs, 320, w.scale, w.in_scale, w.in_shift, w.group_shift, w.bias, 64, 1e-5),
         "popcount_gemm": (*packed, w.signs, 320, w.scale, w.group_shift, w.bias, 64, 256, 1e-5, torch.bfloat16),
         "popcount_gemm, few": (*act, None, plain.signs, 320, plain.scale, None, None, 128, 0, None, torch.float32),
+        "rms_norm_pack_activations": (x, x + 1, x[0], 1e-5, w.in_scale, w.in_shift, 4, 256, 64),
+        "rms_norm_pack_activations, few": (x, None, x[0], 1e-5, None, None, 8, 0, 0),
+        "silu_mul_pack_activations": (x, x + 1, w.in_scale, w.in_shift, 4, 256, 64),
     }
 
 
@@ -180,6 +184,30 @@ def op_calls() -> dict[str, tuple]:
 def test_opcheck(backend, name):
     op = getattr(torch.ops.bitinfer, name.split(",")[0])
     torch.library.opcheck(op.default, op_calls()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_front_is_that_of_transformers(backend, dtype):
+    x, weight = GemmProblem("norm", 4, 9, 320, FBI).make(dtype)
+    residual, norm = torch.randn_like(x), LlamaRMSNorm(320, eps=1e-5).to(dtype)
+    norm.weight.data.normal_()
+    options = {"in_scale": weight.in_scale, "in_shift": weight.in_shift}
+    *packed, hidden = ops.rms_norm_pack_activations(x, norm.weight.data, 1e-5, 8, residual=residual, **options)
+    assert torch.equal(hidden, x + residual)
+    expected = ops.pack_activations(norm(hidden).detach(), 8, **options)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(packed[1:], expected[1:], strict=True))
+    assert torch.equal(packed[0].view(torch.int32), expected[0].view(torch.int32))
+    *packed, hidden = ops.rms_norm_pack_activations(x, norm.weight.data, 1e-5, 8)
+    assert hidden.shape == (0,)
+    assert torch.equal(packed[2], ops.pack_activations(norm(x).detach(), 8)[2])
+
+
+def test_a_gate_in_front_is_that_of_transformers(backend):
+    gate, up = torch.randn(2, 3, 320), torch.randn(2, 3, 320)
+    packed = ops.silu_mul_pack_activations(gate, up, 8)
+    expected = ops.pack_activations(torch.nn.functional.silu(gate) * up, 8)
+    assert torch.equal(packed[0].view(torch.int32), expected[0].view(torch.int32))
+    assert all(torch.equal(a, b) for a, b in zip(packed[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("bits", [None, 8, 1])
@@ -193,6 +221,27 @@ def test_compile_has_no_graph_break(backend, bits, compiler):
     for m in (3, 5):
         x = torch.randn(m, 320)
         torch.testing.assert_close(compiled(x), run(x))
+
+
+FUSED_ERRORS = [
+    ("rms_norm_pack_activations", TypeError, r"residual must have the dtype of x, torch.float32, got torch.float16",
+     {1: torch.ones(3, 320).half()}),
+    ("rms_norm_pack_activations", ValueError, r"residual must have shape \(3, 320\), got \(2, 320\)",
+     {1: torch.ones(2, 320)}),
+    ("rms_norm_pack_activations", ValueError, r"norm_weight must have shape \(320,\), got \(319,\)",
+     {2: torch.ones(319)}),
+    ("rms_norm_pack_activations", ValueError, "eps must be a finite number from 0, got -1.0", {3: -1.0}),
+    ("rms_norm_pack_activations", ValueError, "bits must be one of", {6: 3}),
+    ("silu_mul_pack_activations", TypeError, "gate must be float32, float16 or bfloat16", {0: torch.ones(320).int()}),
+    ("silu_mul_pack_activations", ValueError, r"up must have shape \(3, 320\), got \(320,\)", {1: torch.ones(320)}),
+    ("silu_mul_pack_activations", ValueError, "up is on meta", {1: torch.ones(3, 320).to("meta")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "error", "match", "change"), FUSED_ERRORS)
+def test_errors_of_the_fused_packers(name, error, match, change):
+    with pytest.raises(error, match=name + ": .*" + match):
+        getattr(torch.ops.bitinfer, name)(*(change.get(i, a) for i, a in enumerate(op_calls()[name])))
 
 
 CALL = op_calls()["sign_gemm"]

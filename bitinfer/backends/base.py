@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,7 +34,7 @@ class Problem:
 
 
 class Backend(ABC):
-    """One way to compute the four ops. Arguments and results are those of :mod:`bitinfer.ops`, already checked."""
+    """One way to compute the ops. Arguments and results are those of :mod:`bitinfer.ops`, already checked."""
 
     name: str
 
@@ -85,3 +86,34 @@ class Backend(ABC):
         norm_eps: float | None,
         dtype: torch.dtype,
     ) -> Tensor: ...
+
+    # fused where a backend overrides these; else torch's own kernels come ahead of pack_activations
+    def rms_norm_pack_activations(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        in_scale: Tensor | None,
+        in_shift: Tensor | None,
+        bits: int,
+        block_size: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        hidden = x if residual is None else x + residual
+        wide = hidden.float()
+        normalised = (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+        packed = self.pack_activations(norm_weight * normalised, in_scale, in_shift, bits, block_size, group_size)
+        return (*packed, x.new_empty(0) if residual is None else hidden)
+
+    def silu_mul_pack_activations(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        in_scale: Tensor | None,
+        in_shift: Tensor | None,
+        bits: int,
+        block_size: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.pack_activations(F.silu(gate) * up, in_scale, in_shift, bits, block_size, group_size)

@@ -86,6 +86,18 @@ class CUDABackend(Backend):
         _x, in_scale, in_shift, *_ = args
         return (native.pack_activations_settled if _settled(in_scale, in_shift) else native.pack_activations)(*args)
 
+    def rms_norm_pack_activations(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        native = torch.ops.bitinfer_native
+        _x, _residual, norm_weight, _eps, in_scale, in_shift, *_ = args
+        known = _settled(norm_weight, in_scale, in_shift)
+        return (native.rms_norm_pack_activations_settled if known else native.rms_norm_pack_activations)(*args)
+
+    def silu_mul_pack_activations(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        native = torch.ops.bitinfer_native
+        _gate, _up, in_scale, in_shift, *_ = args
+        known = _settled(in_scale, in_shift)
+        return (native.silu_mul_pack_activations_settled if known else native.silu_mul_pack_activations)(*args)
+
     def sign_gemm(self, *args: Any) -> Tensor:
         native = torch.ops.bitinfer_native
         _x, weight, _in_features, *columns_and_rows, _group_size, _norm_eps = args

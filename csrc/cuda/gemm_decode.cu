@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int k_warp = warp % kKWarps, tile_warp = warp / kKWarps, words = a.words, m = a.m, columns = m * kBits;
-  const int results = result_count(m, kBits);
+  const int results = result_count(m, kBits), last_chunk = (words - 1) / kChunkWords;
   const int first_tile = blockIdx.x * a.tiles + min(static_cast<int>(blockIdx.x), a.larger_blocks);
   const int tiles = a.tiles + (static_cast<int>(blockIdx.x) < a.larger_blocks), rows = tiles * kTileRows;
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
       int c[kBatch][kGroups][4] = {};
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        // chunks past the end of a row lie in the next one, or in the slots: they meet planes of zero
-        const uint32_t at_chunk = at_lane + (chunk0 + i * kKWarps) * 64;
+        // chunks past the end of a row have planes of zero, whatever weights those meet
+        const uint32_t at_chunk = at_lane + min(chunk0 + i * kKWarps, last_chunk) * 64;
         uint4 upper[kBatch], lower[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
@@ -266,8 +266,7 @@ DecodePlan plan_for(const Weight& w, const uint32_t* planes, int64_t m, int64_t 
   plan.rounds = std::min((chunks + kKWarps - 1) / kKWarps, max_rounds(groups));
   // more warps pay where there are many tiles
   plan.tile_warps = of_block > 4 ? max_warps(groups, plan.rounds) / kKWarps : 1;
-  // a warp whose last chunk lies past the row's end reads on
-  plan.shared_bytes = static_cast<int>(of_block * tile_bytes) + 64 * kKWarps * plan.rounds;
+  plan.shared_bytes = static_cast<int>(of_block * tile_bytes);
   plan.column_groups = groups;
   return plan;
 }

@@ -112,6 +112,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTe
   return call.results();
 }
 
+// What must look like x: [m, k] rows of its dtype.
+Rows rows_like(const Call& call, const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), call.op, ": ", name, " must have the dtype of the others");
+  check_shape(call, name, tensor, sizes_of(x));
+  return Rows(call, name, tensor);
+}
+
+template <bool kSettled>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_pack_activations(Tensor x, OptionalTensor residual,
+                                                                             Tensor norm_weight, double eps,
+                                                                             OptionalTensor in_scale,
+                                                                             OptionalTensor in_shift, int64_t bits,
+                                                                             int64_t block_size, int64_t group_size) {
+  const OnDevice on("rms_norm_pack_activations", x, kSettled);
+  const PackActivationsCall call(on.call, x, in_scale, in_shift, bits, block_size, group_size);
+  const int64_t m = call.rows.m, k = call.rows.k;
+  OptionalTensor weight = norm_weight;
+  STD_TORCH_CHECK(norm_weight.scalar_type() == x.scalar_type(), on.call.op, ": norm_weight must have the dtype of x");
+  cuda::RmsNormPack problem{.packed = call.problem, .x = call.rows.data, .stride = call.rows.stride};
+  problem.weight = floats(on.call, "norm_weight", weight, {k});
+  problem.eps = static_cast<float>(eps);
+  std::optional<Rows> added;
+  Tensor hidden = empty(on.call, residual ? sizes_of(x) : Sizes{0}, x.scalar_type());
+  if (residual) {
+    added.emplace(rows_like(on.call, "residual", *residual, x));
+    problem.residual = added->data;
+    problem.residual_stride = added->stride;
+    problem.hidden = hidden.mutable_data_ptr();
+    problem.hidden_stride = k;
+  }
+  check(on.call, cuda::rms_norm_pack_activations(problem, m, on.launch));
+  return std::tuple_cat(call.results(), std::make_tuple(hidden));
+}
+
+template <bool kSettled>
+std::tuple<Tensor, Tensor, Tensor, Tensor> silu_mul_pack_activations(Tensor gate, Tensor up, OptionalTensor in_scale,
+                                                                     OptionalTensor in_shift, int64_t bits,
+                                                                     int64_t block_size, int64_t group_size) {
+  const OnDevice on("silu_mul_pack_activations", gate, kSettled);
+  const PackActivationsCall call(on.call, gate, in_scale, in_shift, bits, block_size, group_size);
+  const Rows factors = rows_like(on.call, "up", up, gate);
+  const cuda::SiluMulPack problem{call.problem, call.rows.data, factors.data, call.rows.stride, factors.stride};
+  check(on.call, cuda::silu_mul_pack_activations(problem, call.rows.m, on.launch));
+  return call.results();
+}
+
 // z = in_scale * x in 24-bit fixed point, then the product on binary tensor cores.
 void fixed_point_gemm(const OnDevice& on, const SignGemm& p, Kernel kernel) {
   const int64_t m = p.m, words = p.weight.words(), groups = p.weight.groups();
@@ -225,10 +271,17 @@ std::string cuda_kernel(std::string op, int64_t m, int64_t n, int64_t k, int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   m.def("cuda_kernel(str op, int m, int n, int k, int bits, int group_size, int planes) -> str");
   // The same as the ops without the suffix, where the caller knows that no kernel still under way on the stream writes
-  // the weight, a scale, a shift or the bias: these may be read before the kernel ahead has finished.
+  // the weight, a scale, a shift, the bias or the norm's weight: these may be read before the kernel ahead has
+  // finished.
   m.def(
       "pack_activations_settled(Tensor x, Tensor? in_scale, Tensor? in_shift, int bits, int block_size,"
       " int group_size) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_pack_activations_settled(Tensor x, Tensor? residual, Tensor norm_weight, float eps, Tensor? in_scale,"
+      " Tensor? in_shift, int bits, int block_size, int group_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "silu_mul_pack_activations_settled(Tensor gate, Tensor up, Tensor? in_scale, Tensor? in_shift, int bits,"
+      " int block_size, int group_size) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sign_gemm_settled(Tensor x, Tensor weight, int in_features, Tensor? weight_scale, Tensor? in_scale,"
       " Tensor? in_shift, Tensor? group_shift, Tensor? bias, int group_size, float? norm_eps) -> Tensor");
@@ -242,6 +295,10 @@ STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
   m.impl("pack_activations", TORCH_BOX(&pack_activations<false>));
   m.impl("pack_activations_settled", TORCH_BOX(&pack_activations<true>));
+  m.impl("rms_norm_pack_activations", TORCH_BOX(&rms_norm_pack_activations<false>));
+  m.impl("rms_norm_pack_activations_settled", TORCH_BOX(&rms_norm_pack_activations<true>));
+  m.impl("silu_mul_pack_activations", TORCH_BOX(&silu_mul_pack_activations<false>));
+  m.impl("silu_mul_pack_activations_settled", TORCH_BOX(&silu_mul_pack_activations<true>));
   m.impl("sign_gemm", TORCH_BOX(&sign_gemm<false>));
   m.impl("popcount_gemm", TORCH_BOX(&popcount_gemm<false>));
   m.impl("sign_gemm_settled", TORCH_BOX(&sign_gemm<true>));

@@ -86,10 +86,16 @@ struct Ring {
   }
 };
 
-// Copies 16 bytes to shared memory, of which the last 16 - bytes are zeros, past level 1.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
+// Copies `count` values to shared memory, past level 1, and zeros after them up to four. All but the last tokens come
+// in fours, asynchronously; asking the same copy for part of 16 bytes is an access past the end to memory checkers.
+template <typename T>
+__device__ __forceinline__ void copy_four(T* to, const T* from, int count) {
+  if (count >= 4) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = i < count ? __ldcg(from + i) : T{0};
+  }
 }
 
 struct Loader;
@@ -177,14 +183,10 @@ struct Parameters {
     const int thread = threadIdx.x % 128, token = 4 * thread;
     if (thread == 0) *shared.origin(warpgroup) = at;
     if (token < Tile::kTokens) {
-      const int bytes = 4 * max(0, min(4, p.m - at.token - token));
-      const int from = bytes > 0 ? at.token + token : 0;
-      copy_async(shared.act_scale(warpgroup) + token, p.act_scale + from, bytes);
-      copy_async(shared.act_sum(warpgroup) + token, p.act_sum + from, bytes);
-      if (p.extras) {
-        const void* shift = p.act_shift ? p.act_shift + from : p.act_scale;
-        copy_async(shared.act_shift(warpgroup) + token, shift, p.act_shift ? bytes : 0);
-      }
+      const int first = at.token + token, count = p.m - first;
+      copy_four(shared.act_scale(warpgroup) + token, p.act_scale + first, count);
+      copy_four(shared.act_sum(warpgroup) + token, p.act_sum + first, count);
+      if (p.extras) copy_four(shared.act_shift(warpgroup) + token, p.act_shift + first, p.act_shift ? count : 0);
     }
     const int row = min(at.row + 64 * warpgroup + thread % 64, p.n - 1);
     scale = load_bits(p.scale, row, 0x3f800000);

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   const int first_tile = blockIdx.x * a.tiles + min(static_cast<int>(blockIdx.x), a.larger_blocks);
   const int tiles = a.tiles + (static_cast<int>(blockIdx.x) < a.larger_blocks), rows = tiles * kTileRows;
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
+  const int last_chunk = (a.k - 1) / (kChunkWords * 32);
   // a warp's planes lie where its partial sums come later
   int* const slots = reinterpret_cast<int*>(shared + a.rows_all * a.pitch);
   const int slot_stride = max(kPlaneInts, 2 * rows);
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
     int c[kGroups][4] = {};
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      // chunks past the end of a row lie in the next one, or in the slots: they meet planes of zero
-      const uint32_t at = at_lane + tile * (kTileRows * a.pitch) + (k_warp + round * kKWarps) * 64;
+      // chunks past the end of a row have planes of zero, whatever weights those meet
+      const uint32_t at = at_lane + tile * (kTileRows * a.pitch) + min(k_warp + round * kKWarps, last_chunk) * 64;
       const uint4 upper = load_shared(at), lower = load_shared(at + 8 * a.pitch);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
