@@ -14,11 +14,22 @@ struct IntegerFormat : PackActivations {
   __device__ bool has_blocks() const { return block_size != 0; }
   __device__ int segment() const { return static_cast<int>(segment_size(block_size, group_size)); }
 
+  __device__ float highest() const { return static_cast<float>((1 << (bits - 1)) - 1); }
+
+  // Of a row or block, from the bits of its largest magnitude: the scale, and the factor, zero if all integers are.
+  __device__ float scale_from(uint32_t largest) const {
+    const float absmax = __uint_as_float(largest);
+    if (largest >= kInfinityBits) return __uint_as_float(kNaNBits);
+    return absmax < kSmallestAbsmax ? 0 : __fdiv_rn(absmax, highest());
+  }
+  __device__ float factor_from(uint32_t largest) const {
+    const float absmax = __uint_as_float(largest);
+    return largest >= kInfinityBits || absmax < kSmallestAbsmax ? 0 : __fdiv_rn(highest(), absmax);
+  }
+
   __device__ Quantiser from_largest(uint32_t largest) const {
-    const float absmax = __uint_as_float(largest), highest = static_cast<float>((1 << (bits - 1)) - 1);
-    if (largest >= kInfinityBits) return {__uint_as_float(kNaNBits), 0, true};
-    if (absmax < kSmallestAbsmax) return {0, 0, true};
-    return {__fdiv_rn(absmax, highest), __fdiv_rn(highest, absmax), false};
+    const float factor = factor_from(largest);
+    return {scale_from(largest), factor, factor == 0};
   }
 
   __device__ Quantiser from_mean(double total, int count) const {

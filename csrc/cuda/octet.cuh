@@ -67,6 +67,35 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kOctet]
   unpack(raw.w, values[6], values[7], T{});
 }
 
+// The larger of each of two pairs of numbers of 16 bits, the second's by magnitude; NaN if one is.
+__device__ __forceinline__ uint32_t max_magnitudes(uint32_t largest, uint32_t pair, __half) {
+  const __half2 magnitudes = __habs2(reinterpret_cast<const __half2&>(pair));
+  const __half2 result = __hmax2_nan(reinterpret_cast<const __half2&>(largest), magnitudes);
+  return reinterpret_cast<const uint32_t&>(result);
+}
+
+__device__ __forceinline__ uint32_t max_magnitudes(uint32_t largest, uint32_t pair, __nv_bfloat16) {
+  const __nv_bfloat162 magnitudes = __habs2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  const __nv_bfloat162 result = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(largest), magnitudes);
+  return reinterpret_cast<const uint32_t&>(result);
+}
+
+// The bits, as a float's, of the largest magnitude in some octets; they order as it does, and those of NaN are larger.
+template <typename T, int kOctets>
+__device__ __forceinline__ uint32_t largest_magnitude(const uint4 (&raw)[kOctets]) {
+  uint32_t of_octet[kOctets];
+#pragma unroll
+  for (int i = 0; i < kOctets; ++i) {
+    of_octet[i] = max_magnitudes(max_magnitudes(0, raw[i].x, T{}), raw[i].y, T{});
+    of_octet[i] = max_magnitudes(max_magnitudes(of_octet[i], raw[i].z, T{}), raw[i].w, T{});
+  }
+#pragma unroll
+  for (int i = 1; i < kOctets; ++i) of_octet[0] = max_magnitudes(of_octet[0], of_octet[i], T{});
+  float first, second;
+  unpack(of_octet[0], first, second, T{});
+  return max(__float_as_uint(first), __float_as_uint(second));
+}
+
 __device__ __forceinline__ void to_floats(const Octet& octet, Dtype dtype, float (&values)[kOctet]) {
   if (dtype == Dtype::kFloat32) {
 #pragma unroll

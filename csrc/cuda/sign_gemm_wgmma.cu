@@ -67,8 +67,7 @@ __device__ __forceinline__ void load_constants(const Ring<1>& ring, float2* cons
     constants[at] = row_constants(p, tile.row + at);
   }
   for (int at = lane; at < kWideTokens; at += 32) constants[kWideRows + at] = token_constants(p, tile.token + at);
-  __syncwarp();
-  if (lane == 0) barrier_arrive(ring.full(i));
+  barrier_arrive(ring.full(i));  // every lane for what it wrote itself
 }
 
 // Writes what a warpgroup has of a tile; row_values are those of the thread's first row, which is `row`.
@@ -146,8 +145,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     prefetch_tensor_map(&z_map);
     prefetch_tensor_map(&sign_map);
     rings.stages.init(1, kConsumers / 32);
-    rings.boxes.init(p.groups > 1 ? 2 : 1, kConsumers / 32);
-    rings.constants.init(1, kConsumers / 32);
+    rings.boxes.init(box_arrivals(p), kConsumers / 32);
+    rings.constants.init(32, kConsumers / 32);
     barrier_init_fence();
   }
   fill_scales<T, Shape>(shared, p);
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
     prefetch_tensor_map(&z_map);
     prefetch_tensor_map(&sign_map);
     stage_ring.init(1, kGroup / 32);
-    box_ring.init(p.groups > 1 ? 2 : 1, kConsumers / 32);
+    box_ring.init(box_arrivals(p), kConsumers / 32);
     barrier_init_fence();
   }
   fill_scales<T, Shape>(shared, p);

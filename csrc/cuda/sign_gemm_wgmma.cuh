@@ -131,6 +131,9 @@ __device__ __forceinline__ void fill_scales(uint8_t* shared, const Problem& p) {
     to[i] = two_ones<T>();
 }
 
+// Who fills a box: the copy of its words, and with groups every lane of the warp that writes their scales.
+__device__ __forceinline__ int box_arrivals(const Problem& p) { return p.groups > 1 ? 33 : 1; }
+
 // The words of eight stages; a warp calls it.
 template <typename T, typename Shape, int kRows, int kBoxRows, int kSlots>
 __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shared, const CUtensorMap* map, uint32_t i,
@@ -156,8 +159,7 @@ __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shar
       case Dtype::kBFloat16:
         load_scales<T, kRows>(scales, static_cast<const __nv_bfloat16*>(p.scale.data), p, stage, row, rows);
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full(i));
+    barrier_arrive(ring.full(i));  // every lane for what it wrote itself
   }
 }
 
@@ -266,6 +268,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], co
     previous = stage;
     // the last stage of a box that this warpgroup has: its words are in registers
     if ((stage + step) / kBoxStages != box || stage + step >= stages) {
+      __syncwarp();
       if (lane == 0) barrier_arrive(box_ring.empty(box_fill + box));
     }
   }
