@@ -71,8 +71,19 @@ __device__ __forceinline__ void combine_group(const int (&c)[4], int g, int t, E
   }
 }
 
+// Sums low16 and top8 of two rows (g and g + 8) over the four lanes of these rows. Each lane ends up with one of the
+// four sums and hands it to emit(0 for low16 or 1 for top8, row, value).
+template <typename Emit>
+__device__ __forceinline__ void sum_of_lanes(const int (&low16)[2], const int (&top8)[2], int g, int t, Emit emit) {
+  const bool odd = t & 1, upper_lanes = t & 2;
+  int kept16 = (odd ? low16[1] : low16[0]) + __shfl_xor_sync(~0u, odd ? low16[0] : low16[1], 1);
+  int kept8 = (odd ? top8[1] : top8[0]) + __shfl_xor_sync(~0u, odd ? top8[0] : top8[1], 1);
+  const int sum = (upper_lanes ? kept8 : kept16) + __shfl_xor_sync(~0u, upper_lanes ? kept16 : kept8, 2);
+  emit(t >> 1, g + 8 * (t & 1), sum);
+}
+
 // The same for the three groups of a token in fixed point: its planes 0 to 15 and 16 to 23 are a result each, since all
-// 24 together would not fit an int. The four lanes of a row pair end up with one of the four sums each.
+// 24 together would not fit an int.
 template <typename Emit>
 __device__ __forceinline__ void combine_fixed_point(const int (&low8)[4], const int (&middle8)[4],
                                                     const int (&high8)[4], int g, int t, Emit emit) {
@@ -84,11 +95,7 @@ __device__ __forceinline__ void combine_fixed_point(const int (&low8)[4], const 
     low16[half] = (low8[i] + 2 * low8[i + 1] + ((middle8[i] + 2 * middle8[i + 1]) << 8)) << (2 * t);
     top8[half] = high8[i] * low + high8[i + 1] * high;
   }
-  const bool odd = t & 1, upper_lanes = t & 2;
-  int kept16 = (odd ? low16[1] : low16[0]) + __shfl_xor_sync(~0u, odd ? low16[0] : low16[1], 1);
-  int kept8 = (odd ? top8[1] : top8[0]) + __shfl_xor_sync(~0u, odd ? top8[0] : top8[1], 1);
-  const int sum = (upper_lanes ? kept8 : kept16) + __shfl_xor_sync(~0u, upper_lanes ? kept16 : kept8, 2);
-  emit(t >> 1, g + 8 * (t & 1), sum);
+  sum_of_lanes(low16, top8, g, t, emit);
 }
 
 template <int kBits, int kGroups, typename Emit>

@@ -4,16 +4,17 @@
 //   * x
 //
 // The product is that of gemm_decode.cu, on binary tensor cores and the bit planes of fixed point numbers, but each
-// warp makes the planes of its own chunks of 512 columns: q = rint(z * 2^s) with |q| <= 2^21, s from the chunk's
-// largest |z|, in two's complement of 24 bits. The error is at most 2^-21 of that largest number, far below the
+// warp makes the planes of its own chunks of 512 columns: q = rint(z * 2^s) with |q| < 2^22, s from the largest |z| of
+// these chunks, in two's complement of 23 bits. The error is at most 2^-22 of that largest number, far below the
 // rounding of y. No warp waits for another before the partial sums [k_warp, low 16 bits and high 8, row] meet in shared
 // memory.
 //
 //   block        a run of 16-row tiles, one block a multiprocessor; all its weights in shared memory before the wait
-//   warp         every eighth chunk, its 24 planes in registers as three operands of 8 columns, for all tiles
+//   warp         every eighth chunk, its planes in registers as three operands of 8 columns, for all tiles
 //
-// Bounds: bytes of the weights for wide layers, latency for small ones; making the planes takes about 280 instructions
-// a chunk, in every block anew, which is still faster than a kernel of its own before this one.
+// Bounds: bytes of the weights for wide layers, latency for small ones; making the planes takes about 200 instructions
+// a chunk, in every block anew, and most of them at half rate. That is still faster than a kernel of its own before
+// this one, and than a cluster whose blocks share the columns and then exchange sums.
 #include <algorithm>
 
 #include "gemm_decode.cuh"
@@ -24,9 +25,14 @@
 namespace bitinfer::cuda {
 namespace {
 
-constexpr int kGroups = 3, kPlanes = 24;
-constexpr int kPlaneInts = kPlanes * kChunkWords;  // of a warp: 1,536 bytes of shared memory
-constexpr uint32_t kSignPlane = 22;                // where the sign of q lies; plane 23 repeats it
+constexpr int kGroups = 3;
+constexpr int kLaneColumns = 16;  // of a lane in a chunk
+constexpr int kChunkColumns = 32 * kLaneColumns;
+constexpr int kStagedBytes = 2 * kChunkColumns;      // a chunk of activations
+constexpr int kPlaneBytes = 24 * kChunkColumns / 8;  // and of planes
+
+// Of a warp's shared memory: the activations of all its chunks, later the planes of one, then its partial sums.
+constexpr int slot_bytes(int rounds, int rows) { return std::max({rounds * kStagedBytes, kPlaneBytes, 8 * rows}); }
 
 struct Arguments {
   const uint32_t* signs;
@@ -40,29 +46,96 @@ struct Arguments {
   int rows_all;              // that a block has room for
 };
 
-// What a warp knows of its chunks: z = scale * q.
-struct Chunks {
-  int64_t q_sum;
-  float scale, shift;  // shift: its part of in_shift . x
+// What a warp knows of its chunks.
+struct alignas(16) Sums {
+  int q_low, q_high;  // of q: its lower 16 bits, and the rest
+  float scale;        // z = scale * q
+  float z;
 };
+
+// scale * (low + 2^16 * high), exact before its last two roundings
+__device__ __forceinline__ float scaled(float scale, int low, int high) {
+  return scale * fmaf(static_cast<float>(high + (low >> 16)), 65536.0f, static_cast<float>(low & 0xffff));
+}
+
+// Exchanges the bits of `a` that `mask` leaves out with those of `b` that it covers, which are `by` lower.
+__device__ __forceinline__ void exchange_bits(uint32_t& a, uint32_t& b, uint32_t mask, int by) {
+  const uint32_t low = (a & mask) | ((b << by) & ~mask);
+  b = ((a >> by) & mask) | (b & ~mask);
+  a = low;
+}
+
+// Transposes the lower 24 bits of 16 integers. Afterwards low[i] holds planes i and 8 + i, high[i] planes 16 + i and
+// 20 + i, the first of two in its lower half. Each step exchanges an index of words with one of bits, for it takes half
+// the instructions that exchanging bits within a word would.
+__device__ __forceinline__ void transpose_planes(const uint32_t (&q)[kLaneColumns], uint32_t (&low)[8],
+                                                 uint32_t (&high)[4]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) low[i] = __byte_perm(q[i], q[i + 8], 0x5410);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) exchange_bits(low[i], low[i + 1], 0x55555555u, 1);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if ((i & 2) == 0) exchange_bits(low[i], low[i + 2], 0x33333333u, 2);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) exchange_bits(low[i], low[i + 4], 0x0f0f0f0fu, 4);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) low[i] = __byte_perm(low[i], 0, 0x3120);
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int j = 4 * (i & 1) + (i & 2);
+    high[i] = __byte_perm(__byte_perm(q[j], q[j + 8], 0x0062), __byte_perm(q[j + 1], q[j + 9], 0x0062), 0x5410);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    exchange_bits(high[i], high[i + 1], 0x0f0f0f0fu, 4);
+    const uint32_t lower_halves = __byte_perm(high[i], high[i + 1], 0x5410);
+    high[i + 1] = __byte_perm(high[i], high[i + 1], 0x7632);
+    high[i] = lower_halves;
+    exchange_bits(high[i], high[i + 1], 0x55555555u, 1);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) exchange_bits(high[i], high[i + 2], 0x33333333u, 2);
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+// Four transposed matrices of eight rows of eight halves; lane l names row l % 8 of matrix l / 8. Word i is elements 2t
+// and 2t + 1 of column g of matrix i.
+__device__ __forceinline__ uint4 load_transposed(uint32_t row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row)
+               : "memory");
+  return v;
+}
 
 // kRounds: chunks of a warp.
 template <typename T, int kRounds>
 __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decode_kernel(const Arguments a) {
-  constexpr int kOctets = 2;  // of a lane in a chunk: columns 8 * lane ... + 7 of each half
+  constexpr int kOctets = kLaneColumns / kOctet;
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ Chunks of_warps[kKWarps];
+  __shared__ Sums sums_of[kKWarps];
+  __shared__ float shift_of[kKWarps];  // of in_shift . x
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x & 31, k_warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int first_tile = blockIdx.x * a.tiles + min(static_cast<int>(blockIdx.x), a.larger_blocks);
   const int tiles = a.tiles + (static_cast<int>(blockIdx.x) < a.larger_blocks), rows = tiles * kTileRows;
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
-  const int last_chunk = (a.k - 1) / (kChunkWords * 32);
-  // a warp's planes lie where its partial sums come later
+  const int last_chunk = (a.k - 1) / kChunkColumns;
+  const int slot_stride = slot_bytes(kRounds, rows) / static_cast<int>(sizeof(int));
   int* const slots = reinterpret_cast<int*>(shared + a.rows_all * a.pitch);
-  const int slot_stride = max(kPlaneInts, 2 * rows);
-  uint32_t* const planes = reinterpret_cast<uint32_t*>(slots + k_warp * slot_stride);
+  const uint32_t scratch = base + a.rows_all * a.pitch + k_warp * slot_stride * static_cast<int>(sizeof(int));
   allow_next_kernel();
+  if (tiles == 0) {  // a place taken on this multiprocessor keeps two blocks of the next kernel from sharing another
+    wait_for_previous_kernel();
+    return;
+  }
 
   // ---- all that does not depend on the kernel before us
   copy_rows(base, a.pitch, a.signs, row0, rows, a.n, a.k / 32);
@@ -81,8 +154,9 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
     return p;
   };
   const Place mine = locate(threadIdx.x);
+  const auto chunk_of = [&](int round) { return k_warp + round * kKWarps; };
   const auto column_of = [&](int round, int i) {
-    return (k_warp + round * kKWarps) * kChunkWords * 32 + i * kChunk + lane * kOctet;
+    return chunk_of(round) * kChunkColumns + lane * kLaneColumns + i * kOctet;
   };
   const auto load = [&](const void* row, int column) {
     return column < a.k ? __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(row) + column))
@@ -102,15 +176,33 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   __syncthreads();
   wait_for_previous_kernel();
 
-  // ---- the planes
+  // ---- the activations: a lane's 16 columns are 32 bytes, but a warp reads runs of 512, half as many sectors
+  const auto staged = [&](int round, int octet) {
+    return scratch + round * kStagedBytes + 16 * (octet ^ (octet >> 3 & 1));  // without bank conflicts
+  };
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i) {
+      const int octet = i * 32 + lane, column = chunk_of(round) * kChunkColumns + octet * kOctet;
+      if (column < a.k) copy_async(staged(round, octet), static_cast<const T*>(a.x) + column);
+    }
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncwarp();
   uint4 raw[kRounds][kOctets];
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
-    for (int i = 0; i < kOctets; ++i) raw[round][i] = load(a.x, column_of(round, i));
+    for (int i = 0; i < kOctets; ++i) {
+      raw[round][i] =
+          column_of(round, i) < a.k ? load_shared(staged(round, lane * kOctets + i)) : make_uint4(0, 0, 0, 0);
+    }
   }
-  Chunks chunks{};
-  float largest = 0;
+
+  // ---- the planes
+  float largest = 0, shift = 0;
   const auto z_of = [&](int round, int i, float (&z)[kOctet]) {
     unpack<T>(raw[round][i], z);
     if (a.in_scale != nullptr) {
@@ -135,56 +227,57 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
         unpack<T>(raw[round][i], x);
         unpack<T>(in_shift[round][i], factors);
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) chunks.shift += x[j] * factors[j];
+        for (int j = 0; j < kOctet; ++j) shift += x[j] * factors[j];
       }
     }
   }
   const uint32_t exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
   // below 2^-96 all is zero; infinities and NaN show in the scale
   const bool zero = exponent < 31;
-  const float factor = zero ? 0.0f : __uint_as_float((exponent < 255 ? 274 - exponent : 0) << 23);
-  chunks.scale = zero ? 0.0f : __uint_as_float(exponent < 255 ? (exponent - 20) << 23 : 0x7fc00000u);
-  if (a.in_shift != nullptr) chunks.shift = warp_sum(chunks.shift);
+  const float factor = zero ? 0.0f : __uint_as_float((exponent < 255 ? 275 - exponent : 0) << 23);
+  const float scale = zero ? 0.0f : __uint_as_float(exponent < 255 ? (exponent - 21) << 23 : 0x7fc00000u);
+  if (a.in_shift != nullptr) shift = warp_sum(shift);
 
+  // Each lane stores the planes of its columns as rows of eight halves, and loads columns of such rows. Lane 8t + 2i +
+  // h has half h of word 4t + i: it stores row 2t + h of matrix i, where neither stores nor loads meet bank conflicts.
+  const int of_matrix = lane >> 1 & 3, row_of_matrix = lane >> 3 << 1 | (lane & 1);
+  const uint32_t to = scratch + 16 * (8 * of_matrix + (row_of_matrix ^ (2 * of_matrix)));
+  const uint32_t from = scratch + 16 * (lane ^ (lane >> 3 << 1));
   uint4 x[kRounds][kGroups];
   int q_sum = 0;  // of a lane
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
+    uint32_t q[kLaneColumns], sum = 0;
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       float z[kOctet];
       z_of(round, i, z);
-      uint32_t q[kOctet];
-      // adding 1.5 * 2^23 leaves the rounded integer in the low bits, with bit 22 inverted
+      // Adding 1.5 * 2^23 leaves the rounded integer in the low 23 bits, with bit 22 inverted, and bit 23 zero. It is
+      // below 2^22, since a product of two 16-bit numbers has at most 22 bits and does not round up to that.
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
-        q[j] = __float_as_uint(fmaf(z[j], factor, 12582912.0f));
-        q_sum += static_cast<int>(q[j] - 0x4b400000u);
+        const uint32_t bits = __float_as_uint(fmaf(z[j], factor, 12582912.0f));
+        q[i * kOctet + j] = bits;
+        sum += bits;
       }
-      uint32_t* const at = planes + (lane & 3) * kChunkWords + 8 * i + lane / 4;
-      const auto store_digit = [&](int digit, uint32_t low, uint32_t high) {
-        transpose_bits(low, high);
-        at[8 * digit * kChunkWords] = transpose_bytes(low);
-        high = transpose_bytes(high);
-        if (digit == 2 && (lane & 3) == 2) high = ~high;
-        at[(8 * digit + 4) * kChunkWords] = high;
-      };
-      store_digit(0, gather_bytes<0>(q[0], q[1], q[2], q[3]), gather_bytes<0>(q[4], q[5], q[6], q[7]));
-      store_digit(1, gather_bytes<1>(q[0], q[1], q[2], q[3]), gather_bytes<1>(q[4], q[5], q[6], q[7]));
-      store_digit(2, gather_bytes<2>(q[0], q[1], q[2], q[3]), gather_bytes<2>(q[4], q[5], q[6], q[7]));
     }
+    q_sum += static_cast<int>(sum - kLaneColumns * 0x4b400000u);
+    uint32_t low[8], high[4];
+    transpose_planes(q, low, high);
+    __syncwarp();
+    store_shared(to, low[0], low[1], low[2], low[3]);
+    store_shared(to + 512, low[4], low[5], low[6], low[7]);
+    store_shared(to + 1024, high[0], high[1], high[2] ^ 0xffff0000u, high[3]);
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const uint32_t plane = min(8u * j + g, kSignPlane);
-      x[round][j] = *reinterpret_cast<const uint4*>(planes + plane * kChunkWords + 4 * t);
-    }
-    __syncwarp();
+    for (int j = 0; j < kGroups; ++j) x[round][j] = load_transposed(from + 512 * j);
   }
-  // a warp's sum may pass 2^31: its lanes' lower 8 bits and the rest apart
-  const int low_sum = __reduce_add_sync(kAllLanes, q_sum & 255), high_sum = __reduce_add_sync(kAllLanes, q_sum >> 8);
-  chunks.q_sum = int64_t{high_sum} * 256 + low_sum;
-  if (lane == 0) of_warps[k_warp] = chunks;
+  __syncwarp();
+  const int q_low = __reduce_add_sync(kAllLanes, q_sum & 0xffff), q_high = __reduce_add_sync(kAllLanes, q_sum >> 16);
+  if (lane == 0) {
+    sums_of[k_warp] = {q_low, q_high, scale, scaled(scale, q_low, q_high)};
+    shift_of[k_warp] = shift;
+  }
 
   // ---- the products
   const uint32_t at_lane = base + g * a.pitch + 16 * t;
@@ -193,7 +286,7 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       // chunks past the end of a row have planes of zero, whatever weights those meet
-      const uint32_t at = at_lane + tile * (kTileRows * a.pitch) + min(k_warp + round * kKWarps, last_chunk) * 64;
+      const uint32_t at = at_lane + tile * (kTileRows * a.pitch) + min(chunk_of(round), last_chunk) * 64;
       const uint4 upper = load_shared(at), lower = load_shared(at + 8 * a.pitch);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
@@ -204,7 +297,17 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
         multiply_b1_k256(c[j], {upper.z, lower.z, upper.w, lower.w}, x[round][j].z, x[round][j].w);
       }
     }
-    combine_groups<kFixedPointBits, kGroups>(c, g, t, [&](int result, int row, int value) {
+    // columns 2t and 2t + 1 are planes t and 8 + t of the first group, 4 + t and 12 + t of the second, 16 + t and 20 +
+    // t of the third; plane 22 counts negative
+    const int top = t == 2 ? -64 : 16 << t;
+    int low16[2], top8[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 2 * half;
+      low16[half] = (c[0][i] + (c[1][i] << 4) + ((c[0][i + 1] + (c[1][i + 1] << 4)) << 8)) << t;
+      top8[half] = (c[2][i] << t) + c[2][i + 1] * top;
+    }
+    sum_of_lanes(low16, top8, g, t, [&](int result, int row, int value) {
       slots[k_warp * slot_stride + result * rows + tile * kTileRows + row] = value;
     });
   }
@@ -213,17 +316,16 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   // ---- scales, shifts and bias
   const auto finish = [&](const Place& p) {
     if (p.n < 0) return;
-    float product = 0, z_sum = 0, shift = 0;
+    float product = 0, z_sum = 0, shift_sum = 0;
 #pragma unroll
     for (int w = 0; w < kKWarps; ++w) {
       const int* const slot = slots + w * slot_stride + p.row;
-      const Chunks& of_warp = of_warps[w];
-      const int64_t counted = slot[0] + (int64_t{slot[rows]} << 16);
-      product += of_warp.scale * static_cast<float>(of_warp.q_sum - 2 * counted);
-      z_sum += of_warp.scale * static_cast<float>(of_warp.q_sum);
-      shift += of_warp.shift;
+      const Sums sums = sums_of[w];
+      product += scaled(sums.scale, sums.q_low - 2 * slot[0], sums.q_high - 2 * slot[rows]);
+      z_sum += sums.z;
+      shift_sum += shift_of[w];
     }
-    store_float(a.y, 0, p.n, p.scale * product + p.shift * z_sum + shift + p.bias);
+    store_float(a.y, 0, p.n, p.scale * product + p.shift * z_sum + shift_sum + p.bias);
   };
   if (threadIdx.x < rows) finish(mine);
   for (int row = threadIdx.x + blockDim.x; row < rows; row += blockDim.x) finish(locate(row));
@@ -246,14 +348,14 @@ DecodePlan sign_gemm_decode_plan(const SignGemm& p, const Device& device) {
   if (plan.rounds > 3) return plan;
   const int64_t tiles = (w.n + kTileRows - 1) / kTileRows;
   const auto shared_bytes = [&](int64_t of_block) {
-    return of_block * kTileRows * pitch + 4 * kKWarps * std::max<int64_t>(kPlaneInts, 2 * kTileRows * of_block);
+    const auto rows = static_cast<int>(of_block * kTileRows);
+    return rows * pitch + kKWarps * slot_bytes(plan.rounds, rows);
   };
   // one block a multiprocessor, small enough that a block of the next kernel fits beside it
   const int64_t wanted = (tiles + device.multiprocessors - 1) / device.multiprocessors;
   int64_t of_block = std::min<int64_t>(wanted, 64);
   while (of_block > 1 && shared_bytes(of_block) > device.shared_bytes_all / 2 - 2048) --of_block;
-  plan.blocks = static_cast<int>(of_block == wanted ? std::min<int64_t>(tiles, device.multiprocessors)
-                                                    : (tiles + of_block - 1) / of_block);
+  plan.blocks = static_cast<int>(of_block == wanted ? device.multiprocessors : (tiles + of_block - 1) / of_block);
   plan.tiles = static_cast<int>(of_block);
   plan.tile_warps = 1;
   plan.shared_bytes = static_cast<int>(shared_bytes(of_block));
