@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from bitinfer.distill.cli import register as register_distill
 from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
 
 
@@ -422,6 +423,9 @@ def kernels(
         for path in draw(report.to_dict(), plot, stem):
             typer.echo(f"wrote {path}", err=True)
     _show(report.to_dict(), str(json_file) == "-", lambda: tables.benchmark(report))
+
+
+register_distill(command)
 
 
 def _load(
