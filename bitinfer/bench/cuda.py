@@ -112,7 +112,9 @@ def gemm_cases(n: int, k: int, tokens: Sequence[int], only: Sequence[str], layou
         x = torch.randn(m, k, device="cuda")
         for op, activations in chosen:
             if op == "sign_gemm":
-                yield _sign_case(x.to(DTYPES[activations]), weights, activations)
+                dtype = DTYPES[activations]
+                # scales and shifts in the dtype of the activations, as a model has them
+                yield _sign_case(x.to(dtype), [w.to(dtype) for w in weights], activations)
             else:
                 yield _integer_case(op, x.half(), weights, int(activations.removeprefix("int")))
 
