@@ -14,12 +14,6 @@ bool prefers_decode(int64_t m, int64_t bits, const DecodePlan& plan) {
   return columns <= 16 || (columns <= 32 && plan.tiles <= 2);
 }
 
-// sign_gemm_wgmma rounds in_scale * x to the 16 bits of x. That error is as large as all of a dense layer's and may
-// come out larger; the other kernels carry more digits.
-bool takes_accurately(const SignGemm& p, const Device& device) {
-  return !p.in_scale && sign_gemm_wgmma_takes(p, device);
-}
-
 bool allows(std::string_view forced, Kernel kernel) { return forced.empty() || forced == kernel_name(kernel); }
 
 }  // namespace
@@ -53,7 +47,7 @@ std::optional<Kernel> select_kernel(const PopcountGemm& p, const Device& device,
 }
 
 std::optional<Kernel> select_kernel(const SignGemm& p, const Device& device, std::string_view forced) {
-  const bool wgmma = allows(forced, Kernel::kWgmma) && takes_accurately(p, device);
+  const bool wgmma = allows(forced, Kernel::kWgmma) && sign_gemm_wgmma_takes(p, device);
   if (allows(forced, Kernel::kDecode)) {
     if (sign_gemm_decode_plan(p, device)) return Kernel::kSignDecode;
     const FixedPointGemm fixed = as_fixed_point(p);

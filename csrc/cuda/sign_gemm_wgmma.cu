@@ -1,6 +1,6 @@
-// y[t, n] = power[t] * sum over groups g of scale[n, g] * sum over k in g of s[n, k] * z[t, k]  +  shift[t] + bias[n]
-// signs s [N, K/32] words, z [M, K] (x itself, or what scale_activations made of it), scale [N, groups], power and
-// shift [M]
+// y[t, n] = sum over groups g of scale[n, g] * sum over k in g of s[n, k] * in_scale[k] * x[t, k]  +  shift[t] +
+// bias[n] signs s [N, K/32] words, x [M, K], scale [N, groups], in_scale [K], shift [M]: in_shift . x from
+// shift_activations, which also copies x where TMA cannot read it (z)
 //
 // For batches and prefill on Hopper. Weights are the left operand of wgmma, expanded from packed words to +1 and -1 in
 // registers; tokens are its columns and come through TMA. Two warpgroups multiply, one warp loads z and one the words.
@@ -12,12 +12,13 @@
 //           of its cluster, and its warpgroups with each other. For few tokens; bound by latency, then by reading z
 //           from L2.
 //
-// With groups, the expanded weight is the scale, rounded to the 16 bits of x, instead of one; otherwise the scale is
-// applied to the sums.
+// The expanded weight is +1 or -1, or with in_scale that number and the sign: both factors of a product are then as
+// they came, as in a dense layer, and no z = in_scale * x is ever rounded or stored. With groups it is their scale,
+// rounded to the 16 bits of x; without, the scale is applied to the sums.
 #include <algorithm>
 #include <limits>
 
-#include "scale_activations.h"
+#include "shift_activations.h"
 #include "sign_gemm_wgmma.cuh"
 #include "sign_gemm_wgmma.h"
 #include "tensor_map.h"
@@ -66,14 +67,15 @@ __device__ __forceinline__ void load_constants(const Ring<1>& ring, float2* cons
   for (int at = lane; at < (tile.whole ? kWideRows : kWideRows / 2); at += 32) {
     constants[at] = row_constants(p, tile.row + at);
   }
-  for (int at = lane; at < kWideTokens; at += 32) constants[kWideRows + at] = token_constants(p, tile.token + at);
+  float* shifts = reinterpret_cast<float*>(constants + kWideRows);
+  for (int at = lane; at < kWideTokens; at += 32) shifts[at] = token_shift(p, tile.token + at);
   barrier_arrive(ring.full(i));  // every lane for what it wrote itself
 }
 
 // Writes what a warpgroup has of a tile; row_values are those of the thread's first row, which is `row`.
 template <typename Out, int kBlocks>
 __device__ __forceinline__ void store_tile(const float (&sums)[kBlocks][kWideTokens / 2], const Problem& p,
-                                           const float2* row_values, const float2* token_values, int row, int token,
+                                           const float2* row_values, const float* shifts, int row, int token,
                                            bool vectors) {
   constexpr int kRows = 2 * kBlocks;
   float2 rows[kRows];
@@ -84,11 +86,11 @@ __device__ __forceinline__ void store_tile(const float (&sums)[kBlocks][kWideTok
   to[1] = to[0] + p.y.stride;
 #pragma unroll
   for (int i = 0; i < kWideTokens / 4; ++i) {
-    const float2 token_value = token_values[i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2];
+    const float shift = shifts[i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2];
     float values[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      values[j] = finish(sums[j / 2][i / 2 * 4 + j % 2 * 2 + i % 2], rows[j], token_value);
+      values[j] = finish(sums[j / 2][i / 2 * 4 + j % 2 * 2 + i % 2], rows[j], shift);
     }
     store_rows<Out>(to[i % 2], values, i / 2 * 8 + i % 2 < tokens_left ? p.n - row : 0, vectors);
     to[i % 2] += 8 * p.y.stride;
@@ -105,26 +107,27 @@ struct WideRings {
 };
 
 // One tile of the wide kernel for one warpgroup.
-template <typename T, int kBlocks>
+template <typename T, bool kByColumn, int kBlocks>
 __device__ __forceinline__ void wide_tile(const Problem& p, const WideRings& rings, uint8_t* shared, const Tile& tile,
                                           uint32_t stage_fill, uint32_t box_fill, uint32_t constant_fill) {
   using Shape = WideLayout;
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kGroup, 0);
   const int own_row = group * kBlocks * kBlockRows, row = tile.row + own_row + first_row<kBlocks>();
   float sums[kBlocks][kWideTokens / 2];
-  multiply<T, Shape, kBlocks, 2 / kBlocks, kWideTokens, kWideRows>(sums, rings.stages, rings.boxes, shared, own_row, 0,
-                                                                   1, p.stages(), stage_fill, box_fill);
+  multiply<T, Shape, kByColumn, kBlocks, 2 / kBlocks, kWideTokens, kWideRows>(
+      sums, rings.stages, rings.boxes, shared, own_row, 0, 1, p.stages(), stage_fill, box_fill);
   rings.constants.wait_full(constant_fill);
-  const float2* token_values = reinterpret_cast<const float2*>(shared + Shape::kConstantStart) + kWideRows;
-  const float2* row_values = token_values - kWideRows + own_row + first_row<kBlocks>();
+  const float2* constants = reinterpret_cast<const float2*>(shared + Shape::kConstantStart);
+  const float2* row_values = constants + own_row + first_row<kBlocks>();
+  const float* shifts = reinterpret_cast<const float*>(constants + kWideRows);
   if (p.y.dtype != Dtype::kFloat32 && p.stores_vectors) {
-    store_tile<T>(sums, p, row_values, token_values, row, tile.token, true);
+    store_tile<T>(sums, p, row_values, shifts, row, tile.token, true);
   } else if (p.y.dtype != Dtype::kFloat32) {
-    store_tile<T>(sums, p, row_values, token_values, row, tile.token, false);
+    store_tile<T>(sums, p, row_values, shifts, row, tile.token, false);
   } else if (p.stores_vectors) {
-    store_tile<float>(sums, p, row_values, token_values, row, tile.token, true);
+    store_tile<float>(sums, p, row_values, shifts, row, tile.token, true);
   } else {
-    store_tile<float>(sums, p, row_values, token_values, row, tile.token, false);
+    store_tile<float>(sums, p, row_values, shifts, row, tile.token, false);
   }
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(rings.constants.empty(constant_fill));
@@ -132,7 +135,7 @@ __device__ __forceinline__ void wide_tile(const Problem& p, const WideRings& rin
 
 #endif
 
-template <typename T>
+template <typename T, bool kByColumn>
 __global__ void __launch_bounds__(kWideThreads, 1)
     wide_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap sign_map,
                 const __grid_constant__ Problem p, const __grid_constant__ Tiles tiles) {
@@ -161,9 +164,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     for (int unit = blockIdx.x; unit < tiles.units; unit += step) {
       const Tile tile = tiles.at(unit);
       if (tile.whole) {
-        wide_tile<T, 2>(p, rings, shared, tile, stage_fill, box_fill, constant_fill);
+        wide_tile<T, kByColumn, 2>(p, rings, shared, tile, stage_fill, box_fill, constant_fill);
       } else {
-        wide_tile<T, 1>(p, rings, shared, tile, stage_fill, box_fill, constant_fill);
+        wide_tile<T, kByColumn, 1>(p, rings, shared, tile, stage_fill, box_fill, constant_fill);
       }
       stage_fill += stages;
       box_fill += boxes;
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }
 
 // Block (rank in its cluster, rows, tokens). The sums of all warpgroups of a cluster meet in shared memory.
-template <typename T, int kTokens>
+template <typename T, bool kByColumn, int kTokens>
 __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
     narrow_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap sign_map,
                   const __grid_constant__ Problem p) {
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
   const int split = gridDim.x, rank = blockIdx.x;
   const int row = blockIdx.y * kRows, token = blockIdx.z * kTokens;
   float2* row_values = reinterpret_cast<float2*>(shared + Shape::kConstantStart);
-  float2* token_values = row_values + kRows;
+  float* shifts = reinterpret_cast<float*>(row_values + kRows);
   allow_next_kernel();
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&z_map);
@@ -234,11 +237,11 @@ __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
   if (warp < kConsumers / 32) {
     if (threadIdx.x < kRows) row_values[threadIdx.x] = row_constants(p, row + threadIdx.x);
     wait_for_previous_kernel();
-    if (threadIdx.x < kTokens) token_values[threadIdx.x] = token_constants(p, token + threadIdx.x);
+    if (threadIdx.x < kTokens) shifts[threadIdx.x] = token_shift(p, token + threadIdx.x);
     float sums[kBlocks][kTokens / 2];
     const int group = warp / 4;
-    multiply<T, Shape, kBlocks, 2 / kBlocks, kTokens, kRows>(sums, stage_ring, box_ring, shared, 0, group, 2, stages, 0,
-                                                             0);
+    multiply<T, Shape, kByColumn, kBlocks, 2 / kBlocks, kTokens, kRows>(sums, stage_ring, box_ring, shared, 0, group, 2,
+                                                                        stages, 0, 0);
     named_barrier(1, kConsumers);  // no stage is in use any more
     float* to = reinterpret_cast<float*>(shared) + (group * kTokens + lane % 4 * 2) * kPitch + first_row<kBlocks>();
 #pragma unroll
@@ -276,10 +279,9 @@ __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
       const float4 a = load_cluster(from, peer), b = load_cluster(from + kTokens * kPitch * 4, peer);
       sum = {sum.x + (a.x + b.x), sum.y + (a.y + b.y), sum.z + (a.z + b.z), sum.w + (a.w + b.w)};
     }
-    const float2 token_value = token_values[column];
-    const float values[4] = {finish(sum.x, row_values[at], token_value), finish(sum.y, row_values[at + 1], token_value),
-                             finish(sum.z, row_values[at + 2], token_value),
-                             finish(sum.w, row_values[at + 3], token_value)};
+    const float shift = shifts[column];
+    const float values[4] = {finish(sum.x, row_values[at], shift), finish(sum.y, row_values[at + 1], shift),
+                             finish(sum.z, row_values[at + 2], shift), finish(sum.w, row_values[at + 3], shift)};
     const int left = token + column < p.m ? p.n - row - at : 0;
     const int64_t to = (token + column) * p.y.stride + row + at;
     if (p.y.dtype == Dtype::kFloat32) {
@@ -346,10 +348,8 @@ Plan plan(int64_t m, int64_t n, int64_t k, const Device& device) {
 
 bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
-// Whether TMA can read x as it is.
-bool reads_x(const SignGemm& p) {
-  return !p.in_scale && aligned(p.x.data, 16) && p.stride % 8 == 0 && p.stride >= p.weight.k;
-}
+// Whether TMA can read x as it is; else the product reads a copy.
+bool reads_x(const SignGemm& p) { return aligned(p.x.data, 16) && p.stride % 8 == 0 && p.stride >= p.weight.k; }
 
 int64_t pitch(const SignGemm& p) { return ceil_div(p.weight.k, 8) * 8; }
 
@@ -358,15 +358,16 @@ int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 template <typename T>
 cudaError_t launch_wide(const Problem& p, const CUtensorMap& z, const CUtensorMap& signs, const Plan& plan,
                         const Launch& on) {
+  const auto kernel = p.in_scale != nullptr ? wide_kernel<T, true> : wide_kernel<T, false>;
   const int grid = std::min(plan.tiles.units, on.device.multiprocessors);
-  return launch(wide_kernel<T>, on, grid, kWideThreads, WideLayout::kBytes, true, z, signs, p, plan.tiles);
+  return launch(kernel, on, grid, kWideThreads, WideLayout::kBytes, true, z, signs, p, plan.tiles);
 }
 
 template <typename T, int kTokens>
 cudaError_t launch_narrow(const Problem& p, const CUtensorMap& z, const CUtensorMap& signs, const Plan& plan,
                           const Launch& on) {
   constexpr int kBytes = NarrowLayout<kTokens>::kBytes;
-  const auto kernel = narrow_kernel<T, kTokens>;
+  const auto kernel = p.in_scale != nullptr ? narrow_kernel<T, true, kTokens> : narrow_kernel<T, false, kTokens>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
@@ -406,13 +407,12 @@ bool sign_gemm_wgmma_takes(const SignGemm& p, const Device& device) {
   const Weight& w = p.weight;
   return device.has_wgmma() && device.shared_bytes >= WideLayout::kBytes && p.x.dtype != Dtype::kFloat32 &&
          (p.y.dtype == p.x.dtype || p.y.dtype == Dtype::kFloat32) && w.planes == 1 && !w.group_shift && w.k > 0 &&
-         w.words() % 4 == 0 && aligned(w.signs, 16) && (w.groups() == 1 || w.group_size % kStageColumns == 0);
+         w.words() % 4 == 0 && aligned(w.signs, 16) && (w.groups() == 1 || w.group_size % kStageColumns == 0) &&
+         (!p.in_scale || (w.groups() == 1 && p.in_scale.dtype == p.x.dtype));
 }
 
 size_t sign_gemm_wgmma_workspace(const SignGemm& p) {
-  const int64_t numbers = padded(p.m * 4);
-  if (!reads_x(p)) return 2 * numbers + p.m * pitch(p) * 2;
-  return p.in_shift ? numbers : 0;
+  return (p.in_shift ? padded(p.m * 4) : 0) + (reads_x(p) ? 0 : p.m * pitch(p) * 2);
 }
 
 cudaError_t sign_gemm_wgmma(const SignGemm& problem, void* workspace, const Launch& on) {
@@ -426,6 +426,7 @@ cudaError_t sign_gemm_wgmma(const SignGemm& problem, void* workspace, const Laun
   p.scale = w.scale;
   p.groups = w.scale ? static_cast<int>(w.groups()) : 1;
   p.group_stages = p.groups > 1 ? static_cast<int>(w.group_size / kStageColumns) : 1;
+  p.in_scale = problem.in_scale.data;
   p.bias = w.bias;
   p.y = problem.y;
   p.stores_vectors = aligned(problem.y.data, 16) && problem.y.stride % 4 == 0 && w.n % 4 == 0;
@@ -434,19 +435,16 @@ cudaError_t sign_gemm_wgmma(const SignGemm& problem, void* workspace, const Laun
   int64_t stride = problem.stride;
   if (!reads_x(problem) || problem.in_shift) {
     std::byte* memory = static_cast<std::byte*>(workspace);
-    const int64_t numbers = padded(problem.m * 4);
-    ScaleActivations prologue{problem.x, problem.m, w.k, problem.stride, problem.in_scale, problem.in_shift};
-    prologue.shift = reinterpret_cast<float*>(memory);
-    p.shift = problem.in_shift ? prologue.shift : nullptr;
-    if (!reads_x(problem)) {
-      prologue.power = reinterpret_cast<float*>(memory + numbers);
-      prologue.z = memory + 2 * numbers;
-      prologue.pitch = pitch(problem);
-      p.power = prologue.power;
-      z = prologue.z;
-      stride = prologue.pitch;
+    ShiftActivations prologue{problem.x, problem.m, w.k, problem.stride, problem.in_shift};
+    if (problem.in_shift) {
+      p.shift = prologue.shift = reinterpret_cast<float*>(memory);
+      memory += padded(problem.m * 4);
     }
-    const cudaError_t error = scale_activations(prologue, on);
+    if (!reads_x(problem)) {
+      z = prologue.z = memory;
+      stride = prologue.pitch = pitch(problem);
+    }
+    const cudaError_t error = shift_activations(prologue, on);
     if (error != cudaSuccess) return error;
   }
 

@@ -17,15 +17,18 @@ constexpr int kBoxStages = 8;  // whose weights come in one box: 128 bytes of ev
 constexpr int kGroup = 128;    // threads of a warpgroup
 constexpr int kConsumers = 2 * kGroup;
 constexpr int kBlockRows = 64;  // of one product
+// Words of in_scale that a lane needs for a stage, two columns each; and from one lane's to the next, so that the four
+// lanes of a row read different banks.
+constexpr int kColumnWords = kStageColumns / 8, kColumnPitch = kColumnWords + 4;
 
 struct Problem {
   int m, n, k;
-  Floats scale;      // [n, groups], or absent
-  int groups;        // with one group, the scale is applied to the sums
-  int group_stages;  // stages of a group
-  Floats bias;       // [n]
-  const float* power;
-  const float* shift;
+  Floats scale;          // [n, groups], or absent
+  int groups;            // with one group, the scale is applied to the sums
+  int group_stages;      // stages of a group
+  const void* in_scale;  // [k] in the dtype of z, or absent; with one group only
+  Floats bias;           // [n]
+  const float* shift;    // [m], or absent
   Output y;
   bool stores_vectors;  // four neighbouring outputs at once
 
@@ -56,13 +59,15 @@ struct Layout {
   static constexpr int kRows = kBoxRows, kStages = kStageSlots;
   static constexpr int kStageBytes = kTokens * kStageColumns * 2;
   static constexpr int kBoxBytes = kRows * 128;
-  static constexpr int kScales = kRows * kBoxStages;  // of the groups of one box
+  // of the groups of one box, or in_scale of its columns
+  static constexpr int kScales = std::max(kRows, 4 * kColumnPitch * 2) * kBoxStages;
 
   static constexpr int kStageStart = 0;
   static constexpr int kBoxStart = kStageStart + kStages * kStageBytes;
   static constexpr int kScaleStart = kBoxStart + kBoxes * kBoxBytes;
   static constexpr int kConstantStart = kScaleStart + kBoxes * kScales * 2;  // of the rows, then of the tokens
-  static constexpr int kBarrierStart = kConstantStart + (kRows + kTokens) * static_cast<int>(sizeof(float2));
+  static constexpr int kBarrierStart =
+      kConstantStart + kRows * static_cast<int>(sizeof(float2)) + kTokens * static_cast<int>(sizeof(float));
   static constexpr int kBytes = kBarrierStart + (kStages + kBoxes + 1) * 16;
 };
 
@@ -122,17 +127,38 @@ __device__ constexpr uint32_t two_ones() {
   return std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 }
 
-// Without groups the scales of all stages are one; all threads call it, once.
+// in_scale of the 1024 columns of a box, as [stage][lane % 4][word]: lane t needs columns 2t and 2t + 1 of each eight.
+// A warp calls it.
+__device__ __forceinline__ void load_columns(uint32_t* to, const Problem& p, int column) {
+  constexpr int kBatch = 8;  // loads in flight
+  const uint16_t* from = static_cast<const uint16_t*>(p.in_scale);
+  for (int start = threadIdx.x % 32; start < kBoxStages * kStageColumns / 2; start += kBatch * 32) {
+    uint32_t values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int first = column + (start + i * 32) * 2;
+      values[i] = first < p.k ? from[first] : 0;
+      values[i] |= (first + 1 < p.k ? uint32_t{from[first + 1]} : 0) << 16;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int pair = start + i * 32, stage = pair / (kStageColumns / 2), word = pair / 4 % kColumnWords;
+      to[(stage * 4 + pair % 4) * kColumnPitch + word] = values[i];
+    }
+  }
+}
+
+// Without groups and in_scale the scales of all stages are one; all threads call it, once.
 template <typename T, typename Shape>
 __device__ __forceinline__ void fill_scales(uint8_t* shared, const Problem& p) {
-  if (p.groups > 1) return;
+  if (p.groups > 1 || p.in_scale != nullptr) return;
   uint32_t* to = reinterpret_cast<uint32_t*>(shared + Shape::kScaleStart);
   for (int i = threadIdx.x; i < (Shape::kConstantStart - Shape::kScaleStart) / 4; i += blockDim.x)
     to[i] = two_ones<T>();
 }
 
-// Who fills a box: the copy of its words, and with groups every lane of the warp that writes their scales.
-__device__ __forceinline__ int box_arrivals(const Problem& p) { return p.groups > 1 ? 33 : 1; }
+// Who fills a box: the copy of its words, and every lane of the warp that writes scales of groups or columns.
+__device__ __forceinline__ int box_arrivals(const Problem& p) { return p.groups > 1 || p.in_scale != nullptr ? 33 : 1; }
 
 // The words of eight stages; a warp calls it.
 template <typename T, typename Shape, int kRows, int kBoxRows, int kSlots>
@@ -147,8 +173,11 @@ __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shar
       tma_load(to + part * 128, map, ring.full(i), stage * kStageWords, row + part);
     }
   }
-  if (p.groups > 1) {
-    T* scales = reinterpret_cast<T*>(shared + Shape::kScaleStart) + slot * Shape::kScales;
+  T* scales = reinterpret_cast<T*>(shared + Shape::kScaleStart) + slot * Shape::kScales;
+  if (p.in_scale != nullptr) {
+    load_columns(reinterpret_cast<uint32_t*>(scales), p, stage * kStageColumns);
+    barrier_arrive(ring.full(i));  // every lane for what it wrote itself
+  } else if (p.groups > 1) {
     switch (p.scale.dtype) {
       case Dtype::kFloat32:
         load_scales<T, kRows>(scales, static_cast<const float*>(p.scale.data), p, stage, row, rows);
@@ -159,7 +188,7 @@ __device__ __forceinline__ void load_box(const Ring<kSlots>& ring, uint8_t* shar
       case Dtype::kBFloat16:
         load_scales<T, kRows>(scales, static_cast<const __nv_bfloat16*>(p.scale.data), p, stage, row, rows);
     }
-    barrier_arrive(ring.full(i));  // every lane for what it wrote itself
+    barrier_arrive(ring.full(i));
   }
 }
 
@@ -177,11 +206,12 @@ using Fragments = uint32_t[2][kSteps][kBlocks][4];
 // sums += the weights of a stage times z, 16 columns a step. Lane 4g + t of a warp needs columns 2t, 2t + 1, 2t + 8 and
 // 2t + 9 of each 16: shifted by t, a word has them at the top of its bytes, where one PRMT and one LOP3 make a register
 // of two weights. While the tensor cores work on one group of products, the fragments of the next are made; `released`
-// is called once when the products of the stage before have ended.
-template <typename T, int kBlocks, int kSteps, int kTokens, typename Released>
+// is called once when the products of the stage before have ended. values(step, block, half, eight) are the magnitudes
+// of a register's two weights, those of columns 8 * eight + 2t and + 1 of the step.
+template <typename T, int kBlocks, int kSteps, int kTokens, typename Values, typename Released>
 __device__ __forceinline__ void multiply_stage(float (&sums)[kBlocks][kTokens / 2],
                                                Fragments<kBlocks, kSteps>& fragments, const uint4 (&words)[kBlocks][2],
-                                               const uint32_t (&values)[kBlocks][2], uint64_t z, Released released) {
+                                               Values values, uint64_t z, Released released) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int group = 0; group < kStageColumns / 16 / kSteps; ++group) {
@@ -195,11 +225,12 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[kBlocks][kTokens / 
         for (int half = 0; half < 2; ++half) {
           const uint4& four = words[block][half];
           const uint32_t word = step < 2 ? four.x : step < 4 ? four.y : step < 6 ? four.z : four.w;
-          const uint32_t even = word << (7 - 2 * t), odd = word << (6 - 2 * t), value = values[block][half];
+          const uint32_t even = word << (7 - 2 * t), odd = word << (6 - 2 * t);
+          const uint32_t first = values(step, block, half, 0), second = values(step, block, half, 1);
           of_group[i][block][half] =
-              step % 2 == 0 ? signed_pair<0>(even, odd, value) : signed_pair<2>(even, odd, value);
+              step % 2 == 0 ? signed_pair<0>(even, odd, first) : signed_pair<2>(even, odd, first);
           of_group[i][block][half + 2] =
-              step % 2 == 0 ? signed_pair<1>(even, odd, value) : signed_pair<3>(even, odd, value);
+              step % 2 == 0 ? signed_pair<1>(even, odd, second) : signed_pair<3>(even, odd, second);
         }
       }
     }
@@ -225,9 +256,11 @@ __device__ __forceinline__ int first_row() {
   return threadIdx.x % kGroup / 4 * (2 * kBlocks);
 }
 
-// The part of a warpgroup in a tile: stages first, first + step ... of the `stages` from the tile's first one on, whose
-// fillings of the rings began at stage_fill and box_fill. `row` is the warpgroup's first row in the box.
-template <typename T, typename Shape, int kBlocks, int kSteps, int kTokens, int kRows, int kStages, int kBoxes>
+// kByColumn: with in_scale. The part of a warpgroup in a tile: stages first, first + step ... of the `stages` from the
+// tile's first one on, whose fillings of the rings began at stage_fill and box_fill. `row` is the warpgroup's first row
+// in the box.
+template <typename T, typename Shape, bool kByColumn, int kBlocks, int kSteps, int kTokens, int kRows, int kStages,
+          int kBoxes>
 __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], const Ring<kStages>& stage_ring,
                                          const Ring<kBoxes>& box_ring, const uint8_t* shared, int row, int first,
                                          int step, int stages, uint32_t stage_fill, uint32_t box_fill) {
@@ -247,18 +280,35 @@ __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], co
     }
     const int slot = box_ring.slot(box_fill + box), of_box = stage % kBoxStages;
     const uint8_t* words_at = shared + Shape::kBoxStart + slot * Shape::kBoxBytes;
-    const T* scales = reinterpret_cast<const T*>(shared + Shape::kScaleStart) + slot * Shape::kScales + of_box * kRows;
+    const T* scales = reinterpret_cast<const T*>(shared + Shape::kScaleStart) + slot * Shape::kScales;
     uint4 words[kBlocks][2];
-    uint32_t values[kBlocks][2];
+    uint32_t row_scales[kBlocks][2];
+    uint4 column_scales[kColumnWords / 4];
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       const int at = my_row + block * 2;
       words[block][0] = *reinterpret_cast<const uint4*>(words_at + swizzled(at, of_box));
       words[block][1] = *reinterpret_cast<const uint4*>(words_at + swizzled(at + 1, of_box));
-      const uint32_t both = *reinterpret_cast<const uint32_t*>(scales + at);
-      values[block][0] = __byte_perm(both, 0, 0x1010);
-      values[block][1] = __byte_perm(both, 0, 0x3232);
+      if constexpr (!kByColumn) {
+        const uint32_t both = *reinterpret_cast<const uint32_t*>(scales + of_box * kRows + at);
+        row_scales[block][0] = __byte_perm(both, 0, 0x1010);
+        row_scales[block][1] = __byte_perm(both, 0, 0x3232);
+      }
     }
+    if constexpr (kByColumn) {
+      const uint4* from =
+          reinterpret_cast<const uint4*>(scales) + (of_box * 4 + static_cast<int>(threadIdx.x) % 4) * kColumnPitch / 4;
+#pragma unroll
+      for (int i = 0; i < kColumnWords / 4; ++i) column_scales[i] = from[i];
+    }
+    const auto values = [&](int step_of_stage, int block, int half, int eight) {
+      if constexpr (kByColumn) {
+        const uint4& four = column_scales[step_of_stage / 2];
+        return step_of_stage % 2 == 0 ? (eight == 0 ? four.x : four.y) : (eight == 0 ? four.z : four.w);
+      } else {
+        return row_scales[block][half];
+      }
+    };
     const uint32_t fill = stage_fill + stage;
     stage_ring.wait_full(fill);
     const uint32_t z = shared_address(shared) + Shape::kStageStart + stage_ring.slot(fill) * Shape::kStageBytes;
@@ -278,21 +328,18 @@ __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kTokens / 2], co
   if (previous >= 0 && lane == 0) barrier_arrive(stage_ring.empty(stage_fill + previous));
 }
 
-// Scale and bias of a row, power and shift of a token; zeros past the last one.
+// Scale and bias of a row, shift of a token; zeros past the last one.
 __device__ __forceinline__ float2 row_constants(const Problem& p, int row) {
   if (row >= p.n) return {0.0f, 0.0f};
   return {p.scale.data != nullptr && p.groups == 1 ? load_float(p.scale, row) : 1.0f,
           p.bias.data != nullptr ? load_float(p.bias, row) : 0.0f};
 }
 
-__device__ __forceinline__ float2 token_constants(const Problem& p, int token) {
-  if (token >= p.m) return {0.0f, 0.0f};
-  return {p.power != nullptr ? __ldcg(p.power + token) : 1.0f, p.shift != nullptr ? __ldcg(p.shift + token) : 0.0f};
+__device__ __forceinline__ float token_shift(const Problem& p, int token) {
+  return p.shift != nullptr && token < p.m ? __ldcg(p.shift + token) : 0.0f;
 }
 
-__device__ __forceinline__ float finish(float sum, float2 row, float2 token) {
-  return fmaf(sum * token.x, row.x, token.y + row.y);
-}
+__device__ __forceinline__ float finish(float sum, float2 row, float shift) { return fmaf(sum, row.x, shift + row.y); }
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack_two(float low, float high) {

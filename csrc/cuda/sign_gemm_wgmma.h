@@ -11,7 +11,8 @@
 namespace bitinfer::cuda {
 
 // Whether the kernels run this problem: float16 or bfloat16 x, one plane, rows of words that TMA can read, groups of a
-// multiple of 128 columns, no group_shift, y in the dtype of x or float32.
+// multiple of 128 columns, no group_shift, y in the dtype of x or float32, in_scale in the dtype of x and without
+// groups.
 bool sign_gemm_wgmma_takes(const SignGemm& problem, const Device& device);
 
 // Bytes that the caller provides, aligned to 256: 0 if x is read as it is.
