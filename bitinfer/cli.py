@@ -150,6 +150,9 @@ def convert(
     act_block: Annotated[ActBlock, typer.Option(help="One activation scale per token (0) or 256 columns.")] = (
         ActBlock.token
     ),
+    embedding_bits: Annotated[
+        int | None, typer.Option(metavar="8", help="Round embedding and head to int8 rows. By default they stay.")
+    ] = None,
     skip: Annotated[list[str], typer.Option(help="Layers to leave dense: a name or a pattern with *. Repeatable.")] = [  # noqa: B006
         "lm_head"
     ],
@@ -177,6 +180,7 @@ def convert(
             dtype=dtype and dtype.value,
             act_bits=_bits(act_bits),
             act_block=int(act_block.value),
+            embedding_bits=embedding_bits,
             skip=skip,
             group_size=group_size,
             zero_limit=zero_limit,

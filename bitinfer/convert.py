@@ -24,6 +24,7 @@ from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, ZERO_LIMIT, Format, detect
 from bitinfer.formats.modules import Modules, kind_of, model_modules
 from bitinfer.formats.packed import LAYOUT_VERSION, QUANT_METHOD, quantization
+from bitinfer.int8_rows import ROW_SCALE, round_rows
 from bitinfer.output_folder import DISK_FULL, check_places, check_space, new_folder, no_space
 from bitinfer.packing import WORD_BITS, words_per_row
 from bitinfer.shard_writer import ShardWriter, header_size
@@ -121,6 +122,7 @@ def convert(
     dtype: torch.dtype | str | None = None,
     act_bits: int | None = None,
     act_block: int = 0,
+    embedding_bits: int | None = None,
     skip: Iterable[str] = ("lm_head",),
     group_size: int = 0,
     method: str = "absmean",
@@ -141,6 +143,8 @@ def convert(
             approximates.
         dtype: of the scales and of all that stays dense: a torch dtype or its name. None keeps each tensor's own.
         act_bits, act_block: recorded for loading: how activations are quantised, see :class:`bitinfer.BinaryLinear`.
+        embedding_bits: 8 rounds the embedding and a dense head to int8 with a scale per row (see
+            :mod:`bitinfer.int8_rows`), which is not lossless; None keeps them.
         skip: linear layers to leave dense: whole components of the dotted name (``"lm_head"``, ``"layers.0"``), or
             patterns with ``*`` over the whole name.
         group_size: columns that share a scale, for "latent" (0: a row) and "binary_dense" (0: found out).
@@ -163,12 +167,16 @@ def convert(
         raise ValueError(f"convert: act_bits must be None or one of {ACT_BITS}, got {act_bits!r}")
     if act_block not in (0, BLOCK_SIZE):
         raise ValueError(f"convert: act_block must be 0 or {BLOCK_SIZE}, got {act_block!r}")
+    if embedding_bits not in (None, 8):
+        raise ValueError(f"convert: embedding_bits must be None or 8, got {embedding_bits!r}")
     target = _dtype(dtype)
     src, dst = Path(src), Path(dst)
     check_places(src, dst, overwrite)
     source = Checkpoint(src)
     reader = _reader(source, format, group_size, method, zero_limit)
     plan = _Plan.make(source, reader, tuple([skip] if isinstance(skip, str) else skip))
+    if embedding_bits is not None:
+        plan.int8_rows = plan.matrices_of_tokens()
     check_space(dst, plan.estimate(target))
     report = ConversionReport(dst, reader.name)
     with new_folder(dst, overwrite) as folder:
@@ -197,6 +205,7 @@ class _Plan:
     config: dict[str, Any]
     modules: Modules | None
     owner: dict[str, str]  # tensor -> the packed layer that it belongs to
+    int8_rows: list[str] = field(default_factory=list)  # modules whose weights are rounded to 8 bits
 
     @classmethod
     def make(cls, source: Checkpoint, reader: Format, skip: tuple[str, ...]) -> "_Plan":
@@ -241,6 +250,28 @@ class _Plan:
                     f"{kinds[kind_of(name)]}.weight; the checkpoint is incomplete"
                 )
 
+    def matrices_of_tokens(self) -> list[str]:
+        """Return the names of the modules that hold a dense row for each token: the embedding, and a head of its own.
+
+        Raises:
+            FormatError: there is none.
+        """
+        rows = self.config.get("vocab_size")
+        names = [
+            name.removesuffix(".weight")
+            for name in self.source
+            if name.endswith(".weight")
+            and name not in self.owner
+            and len(self.source.shape(name)) == 2
+            and self.source.shape(name)[0] == rows
+            and self.source.dtype(name) in FLOAT_DTYPES
+        ]
+        if not names:
+            raise FormatError(
+                f"{self.source.path}: embedding_bits=8, but no dense matrix has the {rows} rows that vocab_size gives"
+            )
+        return names
+
     def check_layer(self, name: str, weight: BinaryWeight) -> None:
         """Compare a packed layer with the model that the configuration describes."""
         shape = (weight.out_features, weight.in_features)
@@ -266,7 +297,7 @@ class _Plan:
     @property
     def entries(self) -> int:
         """Return about how many tensors will be written."""
-        return len(self.source) + 2 * len(self.layers)
+        return len(self.source) + 2 * len(self.layers) + len(self.int8_rows)
 
 
 def _write_weights(
@@ -288,7 +319,12 @@ def _write_weights(
                 kept = source.tensor(name)
                 kind = _cast_to(kept.dtype, dtype)
                 _check_values(name, kept, kind)
-                writer.add(name, kept, kind)
+                if name.removesuffix(".weight") in plan.int8_rows:
+                    codes, scale = round_rows(kept)
+                    writer.add(name, codes, codes.dtype)
+                    writer.add(name + ROW_SCALE, scale, scale.dtype)
+                else:
+                    writer.add(name, kept, kind)
                 if kind in FLOAT_DTYPES:
                     written[kind] += kept.numel() * kind.itemsize
                 del kept
@@ -380,6 +416,8 @@ def _finish_report(plan: _Plan, report: ConversionReport) -> None:
             f"{len(dense)} tensors ({size:.1f} MB in the source) are no linear layers of their own, such as the "
             f"experts of a mixture, and stay dense: e.g. {dense[0]}"
         )
+    if plan.int8_rows:
+        report.notes.append(f"{' and '.join(plan.int8_rows)} rounded to 8 bits: verify shows what that costs")
     if report.zeros:
         worst = max(report.layers, key=lambda layer: layer.zeros)
         report.notes.append(
@@ -416,6 +454,7 @@ def _config(
         "act_block": act_block,
         "zeros": {layer.name: layer.zeros for layer in report.layers if layer.zeros},
         "source": hashes,
+        **({"int8_rows": plan.int8_rows} if plan.int8_rows else {}),
     }
     return config
 

@@ -20,6 +20,7 @@ from bitinfer.checkpoint import Checkpoint
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, Format
 from bitinfer.info import packed_quantization
+from bitinfer.int8_rows import restore_all
 from bitinfer.nn import BinaryLinear
 
 WINDOW = 512  # tokens to a forward pass
@@ -119,6 +120,12 @@ def verify(
     lossless = not source_format.approximates
     if not lossless:
         notes.append("this conversion approximates a dense model: the numbers say how closely, and none is required")
+    rounded = quantization.get("int8_rows") or []
+    if rounded:
+        lossless = False
+        notes.append(
+            f"{' and '.join(rounded)} are rounded to 8 bits, which is an approximation: none of this is required"
+        )
     bits = quantization.get("act_bits") if act_bits == "config" else act_bits
     if bits is not None:
         notes.append(f"activations are quantised to {bits} bits, which is an approximation: none of this is required")
@@ -179,7 +186,7 @@ def load_reference(src: str | Path, source_format: Format) -> Any:
             modules[name], module = module, module[0]
         state |= {f"{name}.{part}": parameter.detach() for part, parameter in module.named_parameters()}
         consumed.update(source_format.consumed(name))
-    state |= {key: checkpoint.tensor(key) for key in checkpoint if key not in consumed and key not in state}
+    state |= restore_all({k: checkpoint.tensor(k) for k in checkpoint if k not in consumed and k not in state})
     values = source_format.config(checkpoint)
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(**values)

@@ -1,11 +1,17 @@
 """Make binary language models: student layers, what they learn from, corpora, training and averaging."""
 
 from bitinfer.distill.average import AverageReport, average_checkpoints
-from bitinfer.distill.compact import load_compact, write_compact
 from bitinfer.distill.config import TrainConfig, TrainReport
 from bitinfer.distill.corpus import Corpus, corpus_from_text
 from bitinfer.distill.generation import Writing, generate_corpus, reduce_vocabulary
-from bitinfer.distill.models import build_student, load_student, load_teacher, restrict_vocabulary, save_student
+from bitinfer.distill.models import (
+    build_student,
+    load_student,
+    load_teacher,
+    packed_bytes,
+    restrict_vocabulary,
+    save_student,
+)
 from bitinfer.distill.objectives import Distiller, Fidelity, distillation_loss, fidelity, hidden_state_loss
 from bitinfer.distill.prompts import Prompts
 from bitinfer.distill.snapshot import load_snapshot, save_snapshot
@@ -32,17 +38,16 @@ __all__ = [
     "fidelity",
     "generate_corpus",
     "hidden_state_loss",
-    "load_compact",
     "load_snapshot",
     "load_student",
     "load_teacher",
     "make_student",
     "pack_students",
+    "packed_bytes",
     "reduce_tokenizer",
     "reduce_vocabulary",
     "restrict_vocabulary",
     "save_snapshot",
     "save_student",
     "train",
-    "write_compact",
 ]

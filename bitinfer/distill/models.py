@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,23 @@ def read_student_config(path: str | Path) -> dict[str, Any]:
         for key in (*named, "head_dim", "tie_word_embeddings", "max_position_embeddings")
         if key in values
     }
+
+
+def packed_bytes(config: Any, scale_bytes: int = 2) -> int:
+    """Return the bytes of the tensors of an FBI-style LLaMA once packed, embedding and head in 8 bits included."""
+    width, inner = config.hidden_size, config.intermediate_size
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    inside, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes = [
+        (inside, width),
+        (keys, width),
+        (keys, width),
+        (width, inside),
+        (inner, width),
+        (inner, width),
+        (width, inner),
+    ]
+    layer = sum(4 * rows * math.ceil(columns / 32) + 2 * scale_bytes * columns for rows, columns in shapes)
+    norms = scale_bytes * width * (2 * config.num_hidden_layers + 1)
+    matrices = 1 if config.tie_word_embeddings else 2
+    return config.num_hidden_layers * layer + norms + matrices * config.vocab_size * (width + 4)

@@ -40,6 +40,7 @@ class BitinferConfig(QuantizationConfigMixin):
         format: name of the format that the weights came from.
         zeros: module name -> how many of its weights were exactly 0 and became +1.
         source: file name -> SHA-256 of the source's weight files.
+        int8_rows: names of the embeddings and heads that the folder holds in 8 bits; see :mod:`bitinfer.int8_rows`.
         layout_version: of the tensors on disk.
 
     Raises:
@@ -58,6 +59,7 @@ class BitinferConfig(QuantizationConfigMixin):
         format: str | None = None,
         zeros: Mapping[str, int] | None = None,
         source: Mapping[str, str] | None = None,
+        int8_rows: Sequence[str] | None = None,
         layout_version: int = LAYOUT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -83,7 +85,7 @@ class BitinferConfig(QuantizationConfigMixin):
             name: _layout(f"layouts[{name!r}]", values).to_dict()
             for name, values in _mapping("layouts", layouts or {}, (WeightLayout, Mapping)).items()
         }
-        self.modules_to_not_convert = _names(modules_to_not_convert)
+        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self._given = tuple(
             name for name, value in zip(ACTIVATION_FIELDS, (act_bits, act_block), strict=True) if value is not _UNSET
         )
@@ -95,6 +97,7 @@ class BitinferConfig(QuantizationConfigMixin):
             raise ValueError(f"BitinferConfig: act_block must be 0 or {BLOCK_SIZE}, got {act_block!r}")
         self.zeros = None if zeros is None else _mapping("zeros", zeros, int)
         self.source = None if source is None else _mapping("source", source, str)
+        self.int8_rows = _names("int8_rows", int8_rows)
 
     def layout_of(self, name: str, base_model_prefix: str = "") -> WeightLayout:
         """Return the layout of a module, whose name may lack or have the base model's prefix in comparison."""
@@ -150,9 +153,9 @@ def _layout(name: str, values: WeightLayout | Mapping[str, Any]) -> WeightLayout
         raise type(error)(f"BitinferConfig: {name} is not valid: {error}") from None
 
 
-def _names(values: Sequence[str] | None) -> list[str] | None:
+def _names(field: str, values: Sequence[str] | None) -> list[str] | None:
     if values is None:
         return None
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"BitinferConfig: modules_to_not_convert must be a list of names, got {values!r}")
-    return [_check("an entry of modules_to_not_convert", name, str) for name in values]
+        raise TypeError(f"BitinferConfig: {field} must be a list of names, got {values!r}")
+    return [_check(f"an entry of {field}", name, str) for name in values]

@@ -181,6 +181,12 @@ class BitinferQuantizer(HfQuantizer):
 
         return PackOnLoad(self)
 
+    def get_weight_conversions(self) -> list[Any]:
+        """Return what makes floats of the matrices that the folder holds in 8 bits."""
+        from bitinfer.integrations.rows_on_load import row_converter
+
+        return [row_converter(name, self) for name in self.quantization_config.int8_rows or ()]
+
     # after the tensors are read
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

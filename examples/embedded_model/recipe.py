@@ -33,17 +33,15 @@ from bitinfer.distill import (
     build_student,
     fidelity,
     generate_corpus,
-    load_compact,
     load_snapshot,
     load_teacher,
+    packed_bytes,
     reduce_vocabulary,
     restrict_vocabulary,
     save_snapshot,
     save_student,
     train,
-    write_compact,
 )
-from bitinfer.distill.compact import compact_bytes
 from bitinfer.distill.corpus import HELD_OUT, VOCABULARY
 from bitinfer.generate import generate
 
@@ -151,7 +149,7 @@ def run_training(o: argparse.Namespace) -> None:
     student = build_student(teacher, o.method, shape, init=o.init, start=o.start, latent_std=o.latent_std, seed=o.seed)
     if o.resume is not None:
         load_snapshot(student, o.resume if (o.resume / "snapshot.json").exists() else o.work / "resumed")
-    say(f"student: {compact_bytes(student.config) / 1e6:.2f} MB of tensors once packed")
+    say(f"student: {packed_bytes(student.config) / 1e6:.2f} MB of tensors once packed")
     config = TrainConfig(
         steps=None,
         minutes=o.train_minutes,
@@ -252,21 +250,21 @@ def run_packing(o: argparse.Namespace) -> None:
     student = build_student(teacher, about["method"], about["shape"], init="scratch")
     load_snapshot(student, work / "resumed")
     save_student(student, work / "student", tokenizer)
-    bitinfer.convert(work / "student", work / "packed", dtype="float16", overwrite=True)
-    size = write_compact(work / "packed", o.out, overwrite=True)
+    bitinfer.convert(work / "student", o.out, dtype="float16", embedding_bits=8, overwrite=True)
+    size = sum(file.stat().st_size for file in o.out.iterdir())
     say(f"packed: {size:,} bytes in all, {'below' if size <= LIMIT else 'ABOVE'} the limit of {LIMIT:,}")
     rows = load_file(work / "state" / "held-out.safetensors")
     ids, scored = rows["tokens"][: o.eval_rows].long(), rows["scored"][: o.eval_rows]
     results: dict[str, Any] = {"bytes": size, "activations": {}}
     for bits in o.act_bits.split(","):
-        model, _ = load_compact(o.out)
+        model, _ = bitinfer.load(o.out, dtype=torch.float32)
         for module in model.modules():
             if isinstance(module, bitinfer.BinaryLinear) and bits != "none":
                 module.act_bits = int(bits)
         found = fidelity(model, teacher, ids, scored, batch=8)
         results["activations"][bits] = found.to_dict()
         say(f"activations {bits}: {json.dumps(found.to_dict())}")
-    model, tokenizer = load_compact(o.out)
+    model, tokenizer = bitinfer.load(o.out, dtype=torch.float32)
     samples = []
     for number, (chat, prompt) in enumerate(SAMPLES):
         run = generate(model, tokenizer, prompt, max_new_tokens=80, temperature=0.6, top_p=0.9, seed=number, chat=chat)

@@ -13,15 +13,13 @@ from bitinfer.checkpoint import Checkpoint
 from bitinfer.distill import (
     build_student,
     fidelity,
-    load_compact,
     load_snapshot,
     load_student,
     load_teacher,
+    packed_bytes,
     save_snapshot,
     save_student,
-    write_compact,
 )
-from bitinfer.distill.compact import compact_bytes, round_rows
 from bitinfer.distill.models import run_trunk
 from bitinfer.distill.snapshot import decode_latent, encode_latent
 from bitinfer.distill.students import latent_signs
@@ -149,29 +147,15 @@ def test_snapshots_compute_the_same(method, teacher, corpus, student_of, tmp_pat
         load_snapshot(other, tmp_path / "s")
 
 
-def test_compact_folders(teacher, tokenizer, corpus, student_of, tmp_path):
+def test_the_size_of_a_packed_student_is_known_beforehand(teacher, tokenizer, corpus, student_of, tmp_path):
     student = student_of(teacher)
     save_student(student, tmp_path / "s", tokenizer)
-    bitinfer.convert(tmp_path / "s", tmp_path / "p", dtype="float16")
-    size = write_compact(tmp_path / "p", tmp_path / "c")
-    assert size == sum(f.stat().st_size for f in (tmp_path / "c").iterdir())
-    stored = load_file(tmp_path / "c" / "model.safetensors")
+    bitinfer.convert(tmp_path / "s", tmp_path / "p", dtype="float16", embedding_bits=8)
+    stored = load_file(tmp_path / "p" / "model.safetensors")
     assert stored["model.embed_tokens.weight"].dtype == torch.int8 and "lm_head.weight" not in stored
-    assert sum(t.nbytes for t in stored.values()) == compact_bytes(student.config)
-    model, loaded = load_compact(tmp_path / "c")
-    assert loaded.get_vocab() == tokenizer.get_vocab() and not model.training
-    assert sum(isinstance(m, bitinfer.BinaryLinear) for m in model.modules()) == 14
-    ids, scored = corpus.rows("held_out", range(8))
-    close = fidelity(model, student, ids, scored)
-    assert close.kl < 5e-3
-    packed, _ = bitinfer.load(tmp_path / "p", dtype=torch.float32)
-    matrix = packed.model.embed_tokens.weight
-    codes, scale = round_rows(matrix)
-    error = (codes.float() * scale.float() - matrix).abs()
-    assert (error <= matrix.abs().amax(1, keepdim=True) / 127 * 0.51).all()
-    torch.testing.assert_close(model.model.embed_tokens.weight, codes.float() * scale.float())
+    assert sum(t.nbytes for t in stored.values()) == packed_bytes(student.config)
+    model, loaded = bitinfer.load(tmp_path / "p", dtype=torch.float32)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(FormatError, match=r"bitinfer\.load"):
-        load_compact(tmp_path / "p")
-    with pytest.raises(FormatError, match="not packed"):
-        write_compact(tmp_path / "s", tmp_path / "d")
+    ids, scored = corpus.rows("held_out", range(8))
+    assert fidelity(model, student, ids, scored).kl < 5e-3
