@@ -177,9 +177,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (warp == 0 && threadIdx.x % 32 == 0) {
       wait_for_previous_kernel();
       for (int unit = blockIdx.x; unit < tiles.units; unit += step, stage_fill += stages) {
-        const int token = tiles.at(unit).token;
+        const int token = tiles.at(unit).token, boxes_of_z = box_count<kWideTokens>(p.m, token);
         for (int i = 0; i < stages; ++i) {
-          load_stage<Shape>(rings.stages, shared_address(shared), &z_map, stage_fill + i, i, token);
+          load_stage<Shape, box_tokens(kWideTokens)>(rings.stages, shared_address(shared), &z_map, stage_fill + i, i,
+                                                     token, boxes_of_z);
         }
       }
     } else if (warp == 1) {
@@ -257,7 +258,8 @@ __global__ void __launch_bounds__(kNarrowThreads, narrow_resident(kTokens))
     wait_for_previous_kernel();
     if (lane == 0) {
       for (int i = 0; i < stages; ++i) {
-        load_stage<Shape>(stage_ring, shared_address(shared), &z_map, i, begin + i, token);
+        load_stage<Shape, box_tokens(kTokens)>(stage_ring, shared_address(shared), &z_map, i, begin + i, token,
+                                               box_count<kTokens>(p.m, token));
       }
     }
   } else {
@@ -452,7 +454,7 @@ cudaError_t sign_gemm_wgmma(const SignGemm& problem, void* workspace, const Laun
   const bool wide = how.variant == Variant::kWide;
   const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap z_map, sign_map;
-  cudaError_t error = make_tensor_map(z_map, type, z, {{w.k, 2, 64}, {problem.m, stride * 2, how.tokens}});
+  cudaError_t error = make_tensor_map(z_map, type, z, {{w.k, 2, 64}, {problem.m, stride * 2, box_tokens(how.tokens)}});
   if (error != cudaSuccess) return error;
   error = make_tensor_map(sign_map, CU_TENSOR_MAP_DATA_TYPE_UINT32, w.signs,
                           {{w.words(), 4, 32}, {w.n, w.words() * 4, wide ? kWideRows / 2 : narrow_rows(how.tokens)}});

@@ -37,6 +37,16 @@ struct Problem {
 
 constexpr int kWideTokens = 128, kWideRows = 256;  // of a tile of the wide kernel
 
+// Tokens of a box of z, for tiles of some tokens.
+__host__ __device__ constexpr int box_tokens(int tokens) { return tokens < 32 ? tokens : 32; }
+
+// Boxes of a tile of kTokens tokens, the first of which is `token`, that hold any of the m.
+template <int kTokens>
+__host__ __device__ int box_count(int m, int token) {
+  constexpr int kBox = box_tokens(kTokens);
+  return (min(kTokens, m - token) + kBox - 1) / kBox;
+}
+
 struct Tile {
   bool whole;
   int row, token;
@@ -91,15 +101,21 @@ struct Ring {
   __device__ void wait_empty(uint32_t i) const { barrier_wait(empty(i), (i / kSlots & 1) ^ 1); }
 };
 
-// z of one stage; one thread calls it.
-template <typename Shape, int kSlots>
+// z of one stage, in boxes of `kBoxTokens` tokens, of which `boxes` hold any; one thread calls it. TMA takes longer to
+// fill rows that do not exist with zeros than to fetch others, so that boxes of such rows are left out: what lies there
+// instead only reaches the sums of tokens that are not stored.
+template <typename Shape, int kBoxTokens, int kSlots>
 __device__ __forceinline__ void load_stage(const Ring<kSlots>& ring, uint32_t shared, const CUtensorMap* map,
-                                           uint32_t i, int stage, int token) {
+                                           uint32_t i, int stage, int token, int boxes) {
   ring.wait_empty(i);
   const uint32_t to = shared + Shape::kStageStart + ring.slot(i) * Shape::kStageBytes;
-  barrier_arrive_expecting(ring.full(i), Shape::kStageBytes);
-  tma_load(to, map, ring.full(i), stage * kStageColumns, token);
-  tma_load(to + Shape::kStageBytes / 2, map, ring.full(i), stage * kStageColumns + 64, token);
+  barrier_arrive_expecting(ring.full(i), boxes * kBoxTokens * kStageColumns * 2);
+  for (int box = 0; box < boxes; ++box) {
+    for (int half = 0; half < 2; ++half) {
+      tma_load(to + half * (Shape::kStageBytes / 2) + box * (kBoxTokens * 128), map, ring.full(i),
+               stage * kStageColumns + half * 64, token + box * kBoxTokens);
+    }
+  }
 }
 
 // Scales of the groups of some stages, as [stage][row] in 16 bits; a warp calls it. Rows past the last one repeat it.
