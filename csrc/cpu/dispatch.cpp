@@ -19,8 +19,20 @@ bool has_avx2() {
 #endif
 }
 
+bool has_avx512() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+#else
+  return false;
+#endif
+}
+
 // In order of preference. To add an instruction set: kernels_<isa>.cpp, its declaration in dispatch.h and a line here.
 constexpr InstructionSet kInstructionSets[] = {
+    {"avx512", "AVX-512 (F, BW, VL, DQ, VNNI, VBMI) and GFNI", avx512_kernels, has_avx512},
     {"avx2", "AVX2, FMA and F16C", avx2_kernels, has_avx2},
     {"scalar", "nothing", scalar_kernels, always},
 };
