@@ -29,7 +29,7 @@ SAY_WHAT_IS_MISSING = $(PY) -c 'import json; r = json.load(open("bitinfer/_build
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP)-demo  ## Set up, convert a real language model to one bit per weight, and let it write
+demo: $(STAMP)-demo  ## Set up, and let the binary language model that comes with bitinfer write
 	$(PY) examples/demo.py
 
 test: lint cpp-test py-test  ## Set up and run every check and test
@@ -68,11 +68,11 @@ $(STAMP)-torch:
 	@touch $@
 
 $(STAMP)-demo: $(STAMP)-torch $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --editable ".[demo]"
+	$(PIP) install --quiet --no-build-isolation --editable .
 	@$(SAY_WHAT_IS_MISSING)
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-torch $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --editable ".[demo,test,lint]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[test,lint]"
 	@$(SAY_WHAT_IS_MISSING)
 	@touch $@

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bitinfer import ops
 from bitinfer.convert import convert
 from bitinfer.dispatch import use_backend
+from bitinfer.embedded import embedded_model
 from bitinfer.errors import BackendError, BitinferError, FormatError
 from bitinfer.integrations import install as _install
 from bitinfer.load import load
@@ -30,6 +31,7 @@ __all__ = [
     "ReplaceReport",
     "WeightLayout",
     "convert",
+    "embedded_model",
     "load",
     "ops",
     "replace_linear",

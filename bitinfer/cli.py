@@ -258,12 +258,16 @@ def verify(
 
 
 @command(
+    'bitinfer generate "Tell me about the moon."',
     'bitinfer generate fbi-7b-packed "The capital of France is"',
     'bitinfer generate smol-packed "Tell me a joke" --temperature 0.7 --top-p 0.9 --seed 1',
     'bitinfer generate no-tokenizer --token-ids "1,450,7483"',
 )
 def generate(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A folder that bitinfer packed. By default the model it comes with."),
+    ] = None,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     token_ids: Annotated[str | None, typer.Option(help='The prompt as token ids: "1,2,3". Prints ids.')] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many.")] = 128,
@@ -281,12 +285,16 @@ def generate(
 ) -> None:
     """Write text, token by token; the speed goes to stderr."""
     from bitinfer import tables
+    from bitinfer.embedded import embedded_model
     from bitinfer.generate import generate as run
 
+    if model is not None and prompt is None and token_ids is None and not Path(model).is_dir():
+        model, prompt = None, model  # a single argument is the prompt
     if (prompt is None) == (token_ids is None):
         raise typer.BadParameter("give either PROMPT or --token-ids")
     start: str | list[int] = prompt if prompt is not None else _ids(str(token_ids))
-    network, tokenizer = _load(model, dtype, act_bits, act_block, threads)
+    folder = Path(model) if model is not None else embedded_model()
+    network, tokenizer = _load(folder, dtype, act_bits, act_block, threads)
     result = run(
         network,
         tokenizer if token_ids is None else None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bitinfer.checkpoint import Checkpoint
+from bitinfer.embedded import embedded_model
 from bitinfer.errors import FormatError
 from bitinfer.formats import detect
 from bitinfer.formats.packed import QUANT_METHOD
@@ -32,7 +33,7 @@ TRAPS = {
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
@@ -46,7 +47,8 @@ def load(
     builds a model from an unconverted FBI-LLM or OneBit folder too, and its answers are wrong.
 
     Args:
-        path: a folder that ``bitinfer convert`` or ``save_pretrained`` wrote, or the name of such a model on the Hub.
+        path: a folder that ``bitinfer convert`` or ``save_pretrained`` wrote, or the name of such a model on the Hub;
+            None for the small model that comes with bitinfer.
         dtype: of the scales and the dense layers: float32, float16, bfloat16, or "auto" for that of the folder.
         device_map: as transformers takes it; None for the CPU.
         act_bits, act_block: see :class:`bitinfer.BinaryLinear`; "config" for what the folder says.
@@ -63,6 +65,7 @@ def load(
 
     from bitinfer.integrations.transformers import BitinferConfig
 
+    path = embedded_model() if path is None else path
     folder = Path(path).expanduser()
     is_local = folder.is_dir()
     if is_local:

@@ -121,7 +121,7 @@ def verify(
     if not lossless:
         notes.append("this conversion approximates a dense model: the numbers say how closely, and none is required")
     rounded = quantization.get("int8_rows") or []
-    if rounded:
+    if rounded and source_format.name != "packed":  # which holds the rounded ones
         lossless = False
         notes.append(
             f"{' and '.join(rounded)} are rounded to 8 bits, which is an approximation: none of this is required"

@@ -83,6 +83,7 @@ def test_with_a_compiler_and_cuda_off(tmp_path):
     state = doctor(site)
     assert state["install"] == "cpu only" and state["build"]["native"] and not state["build"]["cuda"]
     assert "BITINFER_CUDA=0" in state["build"]["cuda_reason"]
+    assert (site / "bitinfer" / "embedded" / "model" / "model.safetensors").stat().st_size > 10e6
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     assert state["build"]["bindings"] == headers.exists()
     assert all(b["available"] for b in state["backends"] if b["name"] in ("cpu", "reference"))

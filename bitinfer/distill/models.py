@@ -217,7 +217,8 @@ def save_student(model: Any, folder: str | Path, tokenizer: Any | None = None, *
             bits = (state[f"{name}.weight"] < 0).to(torch.uint8).unflatten(1, (-1, 8))
             octets = (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
             state[f"{name}.weight"] = octets.view(torch.int8)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "quantization_config")}
+    not_the_students = ("_name_or_path", "_model_name_or_path", "quantization_config")
+    config = {k: v for k, v in model.config.to_dict().items() if k not in not_the_students}
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "torch_dtype": "float32"}
     # the name that the authors' code reads; newer configurations hold it inside rope_parameters alone
     config["rope_theta"] = (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from card import model_card
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import bitinfer
 from bitinfer.distill import (
@@ -42,7 +43,8 @@ from bitinfer.distill import (
     save_student,
     train,
 )
-from bitinfer.distill.corpus import HELD_OUT, VOCABULARY
+from bitinfer.distill.corpus import HELD_OUT, TRAIN, VOCABULARY
+from bitinfer.distill.generation import stop_tokens
 from bitinfer.generate import generate
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +69,7 @@ SAMPLES = [
     (True, "Explain in two sentences why the sky is blue."),
     (True, "Give me some advice about sleep."),
 ]
-STATE = "state.tar"
+STATE, TOTALS = "state.tar", "totals.json"
 
 
 def options() -> argparse.Namespace:
@@ -83,7 +85,9 @@ def options() -> argparse.Namespace:
         command.add_argument("--eval-rows", type=int, default=128)
         if name == "pack":
             command.add_argument("--run", type=Path, required=True, help="what train left in its --out")
-            command.add_argument("--act-bits", default="none", help='e.g. "none,8,4,2,1", each measured')
+            command.add_argument(
+                "--act-bits", default="none", help='measured: "none,8,8/256" for a scale per 256 columns'
+            )
             continue
         command.add_argument("--work", type=Path, default=Path("embedded-work"), help="corpus and checkpoints")
         command.add_argument("--corpus-minutes", type=float, default=6.0)
@@ -92,8 +96,8 @@ def options() -> argparse.Namespace:
         command.add_argument("--span", type=float, nargs=2, default=(0.0, 1.0), help="part of the cosine")
         command.add_argument("--init", choices=["teacher", "scratch"], default="teacher")
         command.add_argument("--start", choices=["nmf", "svd"], default="nmf", help="of onebit")
-        command.add_argument("--lr", type=float, default=1e-3)
-        command.add_argument("--scale-lr", type=float, default=0.5)
+        command.add_argument("--lr", type=float, default=1.5e-3)
+        command.add_argument("--scale-lr", type=float, default=0.4)
         command.add_argument("--latent-std", type=float, default=0.02)
         command.add_argument("--warmup", type=int, default=200)
         command.add_argument("--rows", type=int, default=128, help="rows to an update")
@@ -191,6 +195,7 @@ def run_training(o: argparse.Namespace) -> None:
     say(f"{report.tokens_per_second:,.0f} tokens/s, {report.step} updates, {len(report.skipped)} blocks skipped")
     if report.fidelity is not None:
         say(json.dumps(report.fidelity.to_dict()))
+    add_to_totals(state / TOTALS, o, report, corpus)
     keep_state(o, student, report, run, state)
     say(f"wrote {o.out}")
 
@@ -205,6 +210,20 @@ def adopt_held_out(
     if not corpus.has("shard-00000"):
         tensors = load_file(state / "held-out.safetensors")
         corpus.add("shard-00000", tensors["tokens"].numpy(), tensors["scored"].numpy(), HELD_OUT)
+
+
+def add_to_totals(file: Path, o: argparse.Namespace, report: Any, corpus: Corpus) -> None:
+    """Count what this call and those before it did, for the model card."""
+    totals = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in {
+        "updates": report.step,
+        "tokens": report.step * o.rows * o.length,
+        "corpus_tokens": corpus.count(TRAIN) * o.length,
+        "minutes": o.train_minutes,
+        "corpus_minutes": o.corpus_minutes,
+    }.items():
+        totals[name] = totals.get(name, 0) + value
+    file.write_text(json.dumps(totals))
 
 
 def keep_state(o: argparse.Namespace, student: Any, report: Any, run: Path, state: Path) -> None:
@@ -249,21 +268,28 @@ def run_packing(o: argparse.Namespace) -> None:
     about = json.loads((work / "resumed" / "snapshot.json").read_text())["about"]
     student = build_student(teacher, about["method"], about["shape"], init="scratch")
     load_snapshot(student, work / "resumed")
+    ends = stop_tokens(teacher, tokenizer)
+    student.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        repetition_penalty=1.2,  # without it so small a model says all things twice
+    )
     save_student(student, work / "student", tokenizer)
     bitinfer.convert(work / "student", o.out, dtype="float16", embedding_bits=8, overwrite=True)
     size = sum(file.stat().st_size for file in o.out.iterdir())
     say(f"packed: {size:,} bytes in all, {'below' if size <= LIMIT else 'ABOVE'} the limit of {LIMIT:,}")
     rows = load_file(work / "state" / "held-out.safetensors")
     ids, scored = rows["tokens"][: o.eval_rows].long(), rows["scored"][: o.eval_rows]
-    results: dict[str, Any] = {"bytes": size, "activations": {}}
-    for bits in o.act_bits.split(","):
-        model, _ = bitinfer.load(o.out, dtype=torch.float32)
-        for module in model.modules():
-            if isinstance(module, bitinfer.BinaryLinear) and bits != "none":
-                module.act_bits = int(bits)
+    training = json.loads((work / "state" / TOTALS).read_text())
+    results: dict[str, Any] = {"bytes": size, "vocabulary": len(kept), "training": training, "activations": {}}
+    for form in o.act_bits.split(","):
+        bits, _, block = form.partition("/")
+        act_bits = None if bits == "none" else int(bits)
+        model, _ = bitinfer.load(o.out, dtype=torch.float32, act_bits=act_bits, act_block=int(block or 0))
         found = fidelity(model, teacher, ids, scored, batch=8)
-        results["activations"][bits] = found.to_dict()
-        say(f"activations {bits}: {json.dumps(found.to_dict())}")
+        results["activations"][form] = found.to_dict()
+        say(f"activations {form}: {json.dumps(found.to_dict())}")
     model, tokenizer = bitinfer.load(o.out, dtype=torch.float32)
     samples = []
     for number, (chat, prompt) in enumerate(SAMPLES):
@@ -272,6 +298,7 @@ def run_packing(o: argparse.Namespace) -> None:
         say(f"{prompt} | {run.text}")
     results["samples"] = samples
     (work / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (o.out / "README.md").write_text(model_card(results))
 
 
 BEGUN = time.monotonic()
