@@ -31,6 +31,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "popcount_gemm_one_bit.h"
 #include "popcount_gemm_wgmma.cuh"
 #include "popcount_gemm_wgmma.h"
 #include "tensor_map.h"
@@ -169,20 +170,7 @@ template <class Tile>
 cudaError_t run(const PopcountGemm& p, const Launch& on) {
   const Weight& weight = p.weight;
   const int64_t pitch = weight.words() * 4;
-  Arguments arguments{};
-  arguments.act_scale = p.act_scale;
-  arguments.act_sum = p.act_sum;
-  arguments.act_shift = p.act_shift;
-  arguments.scale = weight.scale;
-  arguments.group_shift = weight.group_shift;
-  arguments.bias = weight.bias;
-  arguments.m = static_cast<int>(p.m);
-  arguments.n = static_cast<int>(weight.n);
-  arguments.stages = static_cast<int>((weight.k + kStageColumns - 1) / kStageColumns);
-  arguments.row_tiles = static_cast<int>((weight.n + Tile::kRows - 1) / Tile::kRows);
-  arguments.token_tiles = static_cast<int>((p.m + Tile::kTokens - 1) / Tile::kTokens);
-  arguments.y = p.y;
-  arguments.extras = weight.group_shift || weight.bias || p.act_shift != nullptr;
+  const Arguments arguments = arguments_of<Tile>(p);
   CUtensorMap weights, planes;
   cudaError_t error = make_tensor_map(weights, CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.signs,
                                       {{weight.words(), 0, kRowBytes / 4}, {weight.n, pitch, Tile::kRows}});
@@ -261,7 +249,7 @@ cudaError_t popcount_gemm_wgmma(const PopcountGemm& p, const Launch& on) {
     case 2:
       return run_bits<2>(p, on);
     default:
-      return run_bits<1>(p, on);
+      return popcount_gemm_one_bit_takes(p, on.device) ? popcount_gemm_one_bit(p, on) : run_bits<1>(p, on);
   }
 }
 

@@ -53,6 +53,26 @@ struct Arguments {
   __device__ int tiles() const { return row_tiles * token_tiles; }
 };
 
+template <class Tile>
+Arguments arguments_of(const PopcountGemm& p) {
+  const Weight& weight = p.weight;
+  Arguments arguments{};
+  arguments.act_scale = p.act_scale;
+  arguments.act_sum = p.act_sum;
+  arguments.act_shift = p.act_shift;
+  arguments.scale = weight.scale;
+  arguments.group_shift = weight.group_shift;
+  arguments.bias = weight.bias;
+  arguments.m = static_cast<int>(p.m);
+  arguments.n = static_cast<int>(weight.n);
+  arguments.stages = static_cast<int>((weight.k + kStageColumns - 1) / kStageColumns);
+  arguments.row_tiles = static_cast<int>((weight.n + Tile::kRows - 1) / Tile::kRows);
+  arguments.token_tiles = static_cast<int>((p.m + Tile::kTokens - 1) / Tile::kTokens);
+  arguments.y = p.y;
+  arguments.extras = weight.group_shift || weight.bias || p.act_shift != nullptr;
+  return arguments;
+}
+
 struct Origin {
   int row, token;
 };
@@ -251,6 +271,18 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high, bool half) {
       "@half cvt.rn.f16x2.f32 %0, %2, %1;\n}"
       : "=&r"(both)
       : "f"(low), "f"(high), "r"(static_cast<int>(half)));
+  return both;
+}
+
+// The same of a type that is known.
+template <bool half>
+__device__ __forceinline__ uint32_t pack_two(float low, float high) {
+  uint32_t both;
+  if constexpr (half) {
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
+  }
   return both;
 }
 

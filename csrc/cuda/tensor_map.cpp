@@ -20,7 +20,7 @@ Encoder encoder() {
 }  // namespace
 
 cudaError_t make_tensor_map(CUtensorMap& map, CUtensorMapDataType type, const void* data,
-                            std::initializer_list<TensorMapAxis> axes) {
+                            std::initializer_list<TensorMapAxis> axes, CUtensorMapSwizzle swizzle) {
   if (encoder() == nullptr) return cudaErrorNotSupported;
   cuuint64_t sizes[5]{}, strides[5]{};
   cuuint32_t box[5]{}, steps[5]{};
@@ -32,8 +32,8 @@ cudaError_t make_tensor_map(CUtensorMap& map, CUtensorMapDataType type, const vo
     steps[rank++] = 1;
   }
   const CUresult result = encoder()(&map, type, rank, const_cast<void*>(data), sizes, strides + 1, box, steps,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

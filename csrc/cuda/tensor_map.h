@@ -16,9 +16,10 @@ struct TensorMapAxis {
   int box;         // elements copied at a time
 };
 
-// Describes a tensor of up to five axes, innermost first, with 128-byte swizzle: the innermost box is 128 bytes.
+// Describes a tensor of up to five axes, innermost first; the innermost box is as many bytes as the swizzle says.
 // `data` must be aligned to 16 bytes. Boxes that reach outside read zeros and write nothing.
 cudaError_t make_tensor_map(CUtensorMap& map, CUtensorMapDataType type, const void* data,
-                            std::initializer_list<TensorMapAxis> axes);
+                            std::initializer_list<TensorMapAxis> axes,
+                            CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
 
 }  // namespace bitinfer::cuda
