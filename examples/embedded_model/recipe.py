@@ -6,7 +6,8 @@
 
 ``train`` needs one GPU. It chooses the vocabulary, lets the teacher write a corpus, distils for the time that it is
 given, and leaves in ``--out`` all that a later call, on this machine or another, needs to go on: ``--resume run1`` with
-``--span`` for the part of the learning rate's cosine that it covers. ``pack`` needs none: it makes the packed folder,
+``--span`` for the part of the learning rate's cosine that it covers. ``compare`` needs one too, and trains a student of
+each method and start on the same batches. ``pack`` needs none: it makes the packed folder,
 measures it on the held-out rows and writes samples. See README.md beside this file.
 """
 
@@ -16,6 +17,7 @@ import shutil
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from bitinfer.distill import (
 )
 from bitinfer.distill.corpus import HELD_OUT, TRAIN, VOCABULARY
 from bitinfer.distill.generation import stop_tokens
+from bitinfer.distill.trainer import read_log
 from bitinfer.generate import generate
 
 HERE = Path(__file__).resolve().parent
@@ -69,13 +72,21 @@ SAMPLES = [
     (True, "Explain in two sentences why the sky is blue."),
     (True, "Give me some advice about sleep."),
 ]
+# what compare trains: method, peak learning rate, start. OneBit's paper takes 4e-4.
+COMPARED: dict[str, tuple[Any, float, dict[str, Any]]] = {
+    "FBI, from the teacher": ("fbi", 1.5e-3, {"init": "teacher"}),
+    "FBI, from scratch": ("fbi", 1.5e-3, {"init": "scratch"}),
+    "OneBit, SVID by NMF": ("onebit", 1.5e-3, {"start": "nmf"}),
+    "OneBit, SVID by SVD": ("onebit", 1.5e-3, {"start": "svd"}),
+    "OneBit, SVID by NMF, 4e-4": ("onebit", 4e-4, {"start": "nmf"}),
+}
 STATE, TOTALS = "state.tar", "totals.json"
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "pack"):
+    for name in ("train", "compare", "pack"):
         command = commands.add_parser(name)
         command.add_argument("--teacher", type=Path, required=True, help="a GGUF file or a model folder")
         command.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -91,6 +102,8 @@ def options() -> argparse.Namespace:
             continue
         command.add_argument("--work", type=Path, default=Path("embedded-work"), help="corpus and checkpoints")
         command.add_argument("--corpus-minutes", type=float, default=6.0)
+        if name == "compare":
+            command.add_argument("--steps", type=int, default=400, help="updates of each student")
         command.add_argument("--train-minutes", type=float, default=14.0)
         command.add_argument("--resume", type=Path, help="the --out of an earlier call")
         command.add_argument("--span", type=float, nargs=2, default=(0.0, 1.0), help="part of the cosine")
@@ -115,7 +128,20 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGUN:6.0f} s] {text}", flush=True)
 
 
-def run_training(o: argparse.Namespace) -> None:
+def progress() -> Callable[[int, int, str], None]:
+    """Return what tells every quarter of a minute how far a training is."""
+    last = [0.0]
+
+    def show(done: int, total: int, what: str) -> None:
+        if time.monotonic() - last[0] > 15:
+            last[0] = time.monotonic()
+            say(f"update {done} of {total or '?'}: {what}")
+
+    return show
+
+
+def prepare(o: argparse.Namespace) -> tuple[Any, Any, Corpus]:
+    """Return the teacher and tokenizer over the chosen vocabulary, and the corpus that the teacher wrote."""
     torch.set_float32_matmul_precision("high")
     on_gpu = o.device.startswith("cuda")
     state, corpus_path = o.work / "state", o.work / f"corpus-{o.seed}"
@@ -149,11 +175,11 @@ def run_training(o: argparse.Namespace) -> None:
     shutil.copyfile(corpus.path / "shard-00000.safetensors", state / "held-out.safetensors")
     if on_gpu:
         torch.cuda.empty_cache()
-    shape = {**STUDENT, "num_hidden_layers": o.layers, "max_position_embeddings": o.length}
-    student = build_student(teacher, o.method, shape, init=o.init, start=o.start, latent_std=o.latent_std, seed=o.seed)
-    if o.resume is not None:
-        load_snapshot(student, o.resume if (o.resume / "snapshot.json").exists() else o.work / "resumed")
-    say(f"student: {packed_bytes(student.config) / 1e6:.2f} MB of tensors once packed")
+    return teacher, tokenizer, corpus
+
+
+def settings(o: argparse.Namespace, **changes: Any) -> TrainConfig:
+    on_gpu = o.device.startswith("cuda")
     config = TrainConfig(
         steps=None,
         minutes=o.train_minutes,
@@ -172,16 +198,21 @@ def run_training(o: argparse.Namespace) -> None:
         eval_rows=o.eval_rows,
         seed=o.seed,
     )
-    last = [0.0]
+    return replace(config, **changes)
 
-    def show(done: int, total: int, what: str) -> None:
-        if time.monotonic() - last[0] > 15:
-            last[0] = time.monotonic()
-            say(f"update {done} of {total or '?'}: {what}")
 
+def run_training(o: argparse.Namespace) -> None:
+    teacher, tokenizer, corpus = prepare(o)
+    state = o.work / "state"
+    shape = {**STUDENT, "num_hidden_layers": o.layers, "max_position_embeddings": o.length}
+    student = build_student(teacher, o.method, shape, init=o.init, start=o.start, latent_std=o.latent_std, seed=o.seed)
+    if o.resume is not None:
+        load_snapshot(student, o.resume if (o.resume / "snapshot.json").exists() else o.work / "resumed")
+    say(f"student: {packed_bytes(student.config) / 1e6:.2f} MB of tensors once packed")
+    config = settings(o)
     run = o.work / f"run-{o.method}-{o.seed}"
     try:
-        report = train(student, teacher, corpus, run, config, method=o.method, tokenizer=tokenizer, progress=show)
+        report = train(student, teacher, corpus, run, config, method=o.method, tokenizer=tokenizer, progress=progress())
     except RuntimeError as error:
         if not (config.compile and "no gradient" in str(error)):
             raise
@@ -191,13 +222,54 @@ def run_training(o: argparse.Namespace) -> None:
             layer._compiled_call_impl = None
         config = replace(config, compile=False, micro_rows=config.micro_rows // 4)
         run = run.with_name(f"{run.name}-eager")
-        report = train(student, teacher, corpus, run, config, method=o.method, tokenizer=tokenizer, progress=show)
+        report = train(student, teacher, corpus, run, config, method=o.method, tokenizer=tokenizer, progress=progress())
     say(f"{report.tokens_per_second:,.0f} tokens/s, {report.step} updates, {len(report.skipped)} blocks skipped")
     if report.fidelity is not None:
         say(json.dumps(report.fidelity.to_dict()))
     add_to_totals(state / TOTALS, o, report, corpus)
     keep_state(o, student, report, run, state)
     say(f"wrote {o.out}")
+
+
+def run_comparison(o: argparse.Namespace) -> None:
+    """Train a student of each kind on the same batches, from the same number of updates; leave figures and curves."""
+    teacher, _, corpus = prepare(o)
+    shape = {**STUDENT, "num_hidden_layers": o.layers, "max_position_embeddings": o.length}
+    o.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for name, (method, lr, how) in COMPARED.items():
+        torch._dynamo.reset()  # the layers of the last student
+        student = build_student(teacher, method, shape, latent_std=o.latent_std, seed=o.seed, **how)
+        config = settings(o, steps=o.steps, minutes=None, lr=lr, eval_every=0, save_every=10**9)
+        run = o.work / f"compare-{name}"
+        report = train(student, teacher, corpus, run, config, method=method, progress=progress())
+        assert report.fidelity is not None
+        results[name] = {
+            "method": method,
+            "lr": lr,
+            **how,
+            "tokens_per_second": report.tokens_per_second,
+            **report.fidelity.to_dict(),
+            "log": [line for line in read_log(run) if "kl" in line],
+        }
+        say(f"{name}: {json.dumps(report.fidelity.to_dict())}")
+        (o.out / "comparison.json").write_text(json.dumps(results, indent=1) + "\n")
+        shutil.rmtree(run)
+    draw_comparison(results, o.out / "comparison.png")
+
+
+def draw_comparison(results: dict[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = {"kl": "KL from the teacher, nats per token", "flip_ratio": "flip-flop ratio"}
+    for axes, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name, found in results.items():
+            axes.plot([x["step"] for x in found["log"]], [x[field] for x in found["log"]], label=name)
+        axes.set(title=title, xlabel="updates", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=110)
 
 
 def adopt_held_out(
@@ -305,5 +377,5 @@ BEGUN = time.monotonic()
 
 if __name__ == "__main__":
     arguments = options()
-    run_training(arguments) if arguments.command == "train" else run_packing(arguments)
+    {"train": run_training, "compare": run_comparison, "pack": run_packing}[arguments.command](arguments)
     sys.exit(0)
