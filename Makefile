@@ -74,5 +74,8 @@ $(STAMP)-demo: $(STAMP)-torch $(NATIVE)
 
 $(STAMP)-test: $(STAMP)-torch $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable ".[test,lint]"
+	@# a torch with CUDA, ROCm or XPU brings its own
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet "triton>=3.6,<3.7" || \
+	    echo "note: there is no Triton for this machine, so its kernels are not tested"
 	@$(SAY_WHAT_IS_MISSING)
 	@touch $@

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from bitinfer.distill.cli import register as register_distill
 from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
+from bitinfer.tune import register as register_tune
 
 
 class Commands(TyperGroup):
@@ -385,7 +386,7 @@ def kernels(
     isa: Annotated[str | None, typer.Option(help="Force an instruction set of the cpu backend.")] = None,
     peers: Annotated[
         str | None,
-        typer.Option(help="On CUDA, what to compare with: torch, fp8, gemlite, humming; by default all there are."),
+        typer.Option(help="On CUDA, what to compare with: torch, fp8, triton, gemlite, humming; by default all."),
     ] = None,
     peer_seconds: Annotated[float, typer.Option(help="How long gemlite and humming may take, each in all.")] = 240.0,
     layout: Annotated[str, typer.Option(help="On CUDA, which terms the weights have: fbi, onebit, row, plain ...")] = (
@@ -438,6 +439,7 @@ def kernels(
 
 
 register_distill(command)
+register_tune(command)
 
 
 def _load(

@@ -16,10 +16,13 @@ from bitinfer.backends.base import Backend, Problem
 from bitinfer.backends.cpu import CPUBackend
 from bitinfer.backends.cuda import CUDABackend
 from bitinfer.backends.reference import ReferenceBackend
+from bitinfer.backends.triton import TritonBackend
 from bitinfer.errors import BackendError
 
 # In order of preference; the reference runs everything and comes last.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CUDABackend(), CPUBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CUDABackend(), CPUBackend(), TritonBackend(), ReferenceBackend())
+}
 
 _forced: ContextVar[str | None] = ContextVar("bitinfer_forced_backend", default=None)
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from bitinfer import ops
+from bitinfer.backends.base import Problem
 from bitinfer.backends.cuda import LIBRARY, CUDABackend
+from bitinfer.backends.triton import interpreted
 from bitinfer.bench.machine import active_isa, device_name
 from bitinfer.build_record import REBUILD, REBUILD_CUDA, read_build_record, reason_left_out
-from bitinfer.dispatch import BACKENDS, use_backend
+from bitinfer.dispatch import BACKENDS, explain, use_backend
 from bitinfer.testing.oracle import exact_linear, fp_error_bound
 from bitinfer.testing.problems import EVERYTHING, FBI, ONEBIT, GemmProblem
 
@@ -24,10 +26,12 @@ VARIABLES = {
     "BITINFER_CPU_ISA": "forces an instruction set of the cpu backend",
     "BITINFER_CUDA_KERNEL": "forces a kernel variant of the cuda backend",
     "BITINFER_DEBUG": "shows tracebacks",
+    "BITINFER_TUNE_CACHE": "names the file of tuned Triton configurations",
     "OMP_NUM_THREADS": "sets the threads of torch and of the kernels",
     "TRITON_INTERPRET": "runs Triton kernels in its slow interpreter",
 }
-DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}  # where a backend is tested; others are a GPU's
+# where a backend is tested; others are a GPU's
+DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda"), "triton": ("cpu",) if interpreted() else ("cuda",)}
 SHOWN_KERNELS = (("sign_gemm", 0), ("popcount_gemm", 8), ("popcount_gemm", 1))  # op, bits of the activations
 SHOWN_TOKENS = (1, 16, 64, 256, 2048)
 SHOWN_SHAPE = (4096, 4096)  # outputs, inputs
@@ -59,6 +63,8 @@ class Diagnosis:
         versions: package -> version, None where it is not installed.
         machine: processor, cores, threads, GPUs.
         backends: in order of preference.
+        choices: for each kind of device that is there, why each backend does not run its tensors, None where it can, in
+            order of preference: the first that can is the one that runs.
         instruction_sets: those of the cpu backend in order of preference, ``{name, supported, reason}`` each.
         active_instruction_set: the one that runs, or None without compiled code.
         cuda_kernels: which variant serves 4096 x 4096 weights on the current GPU, by op and tokens:
@@ -73,6 +79,7 @@ class Diagnosis:
     versions: dict[str, str | None]
     machine: dict[str, Any]
     backends: list[BackendState]
+    choices: dict[str, dict[str, str | None]]
     instruction_sets: list[dict[str, Any]]
     active_instruction_set: str | None
     cuda_kernels: list[dict[str, Any]]
@@ -116,6 +123,7 @@ def diagnose() -> Diagnosis:
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         machine=_machine(),
         backends=backends,
+        choices={device: explain(Problem("sign_gemm", device, torch.float16)) for device in _devices()},
         instruction_sets=sets,
         active_instruction_set=active,
         cuda_kernels=_cuda_kernels(report),
@@ -168,6 +176,10 @@ def _check_backend(name: str, report: Callable[..., None]) -> BackendState:
                 serious=True,
             )
     return state
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available())]
 
 
 def _instruction_sets(
@@ -265,7 +277,9 @@ def _report_cuda(build: dict[str, Any], loads: bool, report: Callable[..., None]
     elif LIBRARY.exists():
         report(f"the CUDA kernels are {missing}", f"rebuild against this torch: {REBUILD}", serious=True)
     elif gpu:
-        report(f"torch sees a GPU but there are no CUDA kernels: {missing}", REBUILD_CUDA)
+        triton = BACKENDS["triton"].unavailable()
+        instead = "until then Triton's kernels run" if triton is None else f"nor do Triton's kernels run: {triton}"
+        report(f"torch sees a GPU but there are no CUDA kernels: {missing}", f"{REBUILD_CUDA}; {instead}")
 
 
 def _report_versions(report: Callable[..., None]) -> None:

@@ -1,13 +1,17 @@
 """The ops: schemas, argument checks, shape functions, and the documented functional API.
 
-They are registered as ``torch.ops.bitinfer.*``: opaque to ``torch.compile``, which never breaks the graph on them.
-Each call asks :mod:`bitinfer.dispatch` for the backend that runs it.
+They are registered as ``torch.ops.bitinfer.*``: opaque to ``torch.compile``, which never breaks the graph on them, but
+for a backend whose kernels it can see into. Each call asks :mod:`bitinfer.dispatch` for the backend that runs it.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode  # as torch.library.triton_op itself uses it
 
 from bitinfer.autograd import BinaryLinearFunction
 from bitinfer.backends.base import Problem
@@ -333,7 +337,11 @@ def apply_weight(x: Tensor, weight: PackedWeight, act_bits: int | None, act_bloc
 # ------------------------------------------- implementations and shape functions, their arguments as in SCHEMAS
 def _pack_signs(weight: Tensor) -> Tensor:
     check_pack_signs(weight)
-    return select(Problem("pack_signs", weight.device.type, weight.dtype)).pack_signs(weight)
+    return select(_signs_problem(weight)).pack_signs(weight)
+
+
+def _signs_problem(weight: Tensor) -> Problem:
+    return Problem("pack_signs", weight.device.type, weight.dtype)
 
 
 def _pack_activations(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -362,17 +370,24 @@ def _silu_mul_pack_activations(*args: Any) -> tuple[Tensor, ...]:
 
 def _sign_gemm(*args: Any) -> Tensor:
     check_sign_gemm(*args)
+    return select(_sign_problem(*args)).sign_gemm(*args)
+
+
+def _sign_problem(*args: Any) -> Problem:
     x, weight, in_features, *_, group_size, _norm_eps = args
-    problem = Problem(
+    return Problem(
         "sign_gemm", x.device.type, x.dtype, 0, _tokens(x), weight.shape[-2], in_features, _planes(weight), group_size
     )
-    return select(problem).sign_gemm(*args)
 
 
 def _popcount_gemm(*args: Any) -> Tensor:
     check_popcount_gemm(*args)
+    return select(_popcount_problem(*args)).popcount_gemm(*args)
+
+
+def _popcount_problem(*args: Any) -> Problem:
     planes, act_scale, _act_sum, _act_shift, weight, in_features, *_, group_size, _block_size, _norm_eps, dtype = args
-    problem = Problem(
+    return Problem(
         "popcount_gemm",
         planes.device.type,
         dtype,
@@ -383,11 +398,10 @@ def _popcount_gemm(*args: Any) -> Tensor:
         _planes(weight),
         group_size,
     )
-    return select(problem).popcount_gemm(*args)
 
 
 def _tokens(x: Tensor) -> int:
-    return x.shape[:-1].numel()
+    return prod(x.shape[:-1])
 
 
 def _planes(weight: Tensor) -> int:
@@ -447,3 +461,33 @@ for _name, _implementation, _fake in (
     torch.library.define(f"bitinfer::{_name}", SCHEMAS[_name])
     torch.library.impl(f"bitinfer::{_name}", "CompositeExplicitAutograd", _implementation)
     torch.library.register_fake(f"bitinfer::{_name}", _fake)
+
+
+def _seen_inside(name: str, problem_of: Callable[..., Problem]) -> Callable[..., Any]:
+    """Return what tracers meet: the twin that a backend offers them if it would run the call, else the opaque op.
+
+    A graph keeps the backend that was chosen as it was traced. Exported programs keep the op, which runs anywhere.
+    """
+
+    def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and not torch.compiler.is_exporting():
+            problem = problem_of(*args)
+            if isinstance(problem.m, torch.SymInt):  # no backend asks how many tokens there are
+                problem = replace(problem, m=0)
+            known = not any(isinstance(size, torch.SymInt) for size in (problem.n, problem.k))
+            twin = select(problem).traced(name) if known else None
+            if twin is not None:
+                with mode:
+                    return twin(*args)
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    return rule
+
+
+for _name, _problem_of in (
+    ("pack_signs", _signs_problem),
+    ("pack_activations", _packing_problem),
+    ("sign_gemm", _sign_problem),
+    ("popcount_gemm", _popcount_problem),
+):
+    torch.library.register_torch_dispatch(f"bitinfer::{_name}", FunctionalTensorMode, _seen_inside(_name, _problem_of))

@@ -1,5 +1,6 @@
 """What the commands print: one function per report, each returning rich renderables."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,14 @@ def diagnosis(report: "Diagnosis") -> RenderableType:
         tests = ", ".join(f"{device}: {result}" for device, result in backend.self_test.items())
         runs = _coloured("yes" if backend.available else f"no: {backend.reason}")
         backends.add_row(backend.name, runs, escape(tests) or "-")
-    parts: list[RenderableType] = [about, backends]
+    choices = _facts("tensors run on")
+    for device, reasons in report.choices.items():
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        before = (
+            f"not {name}: {reason}" for name, reason in itertools.takewhile(lambda item: item[1], reasons.items())
+        )
+        choices.add_row(device, escape("; ".join((chosen, *before))))
+    parts: list[RenderableType] = [about, backends, choices]
     if report.instruction_sets:
         sets = Table("instruction set", "there", "", title="CPU kernels, in order of preference", title_justify="left")
         for isa in report.instruction_sets:

@@ -41,7 +41,7 @@ for bits in (None, 8):
 
 
 def test_it_comes_before_the_others():
-    assert list(BACKENDS) == ["cuda", "cpu", "reference"]
+    assert list(BACKENDS) == ["cuda", "cpu", "triton", "reference"]
 
 
 def test_no_library(monkeypatch, tmp_path):
@@ -214,7 +214,7 @@ def test_weights_rotate_through_more_than_the_cache(monkeypatch):
 def test_peers_that_are_not_installed_are_noted(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None if name == "humming" else name)
     notes: list[str] = []
-    assert [p.name for p in peers.choose_peers(None, notes)] == ["torch", "fp8", "gemlite"]
+    assert [p.name for p in peers.choose_peers(None, notes)] == ["torch", "fp8", "triton", "gemlite"]
     assert notes == ["humming is not installed (pip install humming-kernels)"]
     assert [p.op for p in peers.choose_peers(["fp8"], notes)] == ["_scaled_mm"]
     with pytest.raises(ValueError, match="'cutlass' is none of torch, fp8"):

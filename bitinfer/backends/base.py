@@ -1,7 +1,9 @@
 """The contract of a backend, and the description of a problem that it is asked about."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,10 @@ class Backend(ABC):
     @abstractmethod
     def unsupported(self, problem: Problem) -> str | None:
         """Return why this backend cannot run ``problem``, or None if it can."""
+
+    def traced(self, op: str) -> Callable[..., Any] | None:
+        """Return the op that ``torch.compile`` is given in place of ``op``, to see inside; None leaves it opaque."""
+        return None
 
     @abstractmethod
     def pack_signs(self, weight: Tensor) -> Tensor: ...

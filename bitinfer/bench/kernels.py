@@ -72,7 +72,7 @@ def bench_kernels(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if device == "cuda":
         reason = BACKENDS["cuda"].unavailable()
-        if reason is not None:
+        if reason is not None and BACKENDS["triton"].unavailable() is not None:
             raise BackendError(f"device 'cuda' has no kernels here: {reason}; see `bitinfer doctor`")
         return cuda.bench(shapes, tokens, only, peers, peer_seconds, layout, progress)
     active = active_isa()

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitinfer import ops
 from bitinfer.bench.report import Case
+from bitinfer.dispatch import use_backend
+from bitinfer.errors import BackendError
+from bitinfer.testing.oracle import fp_error_bound
+from bitinfer.weight import BinaryWeight
 
 Copies = Callable[[int], int]  # bytes of a weight -> how many to rotate through
 SCALED_MM_MULTIPLE = 16  # what torch._scaled_mm wants of every size
@@ -36,6 +41,7 @@ PEERS = {
     for peer in (
         Peer("torch", "F.linear", ("fp16",), "torch", "torch"),
         Peer("fp8", "_scaled_mm", ("fp8",), "torch", "torch"),
+        Peer("triton", "triton", ("fp16", "int8"), "triton", "triton"),  # our own backend, beside the compiled one
         Peer("gemlite", "gemlite", ("fp16",), "gemlite", "gemlite"),
         Peer("humming", "humming", ("fp16", "int8"), "humming", "humming-kernels"),
     )
@@ -59,7 +65,9 @@ def choose_peers(names: Sequence[str] | None, notes: list[str]) -> list[Peer]:
 
 def peer_cases(peer: Peer, n: int, k: int, tokens: Sequence[int], copies: Copies, notes: list[str]) -> Iterator[Case]:
     """Yield the calls of a peer with weights ``[n, k]``, for each number of tokens."""
-    make = {"F.linear": _linear, "_scaled_mm": _scaled_mm, "gemlite": _gemlite, "humming": _humming}[peer.op]
+    make = {"F.linear": _linear, "_scaled_mm": _scaled_mm, "triton": _triton, "gemlite": _gemlite, "humming": _humming}[
+        peer.op
+    ]
     for activations in peer.activations:
         try:
             case = make(activations, n, k, copies, notes)
@@ -101,6 +109,32 @@ def _scaled_mm(activations: str, n: int, k: int, copies: Copies, notes: list[str
             return torch._scaled_mm(x, weights[i].t(), one, one, out_dtype=torch.float16)
 
         return Case("_scaled_mm", "fp8", "torch", m, n, k, n * k, len(weights), run, lambda: None, peer=True)
+
+    return case
+
+
+def _triton(activations: str, n: int, k: int, copies: Copies, notes: list[str]) -> Callable[[int], Case]:
+    """Our Triton backend with one scale a row; int8 quantises the activations too."""
+    bits = int(activations.removeprefix("int")) if activations.startswith("int") else None
+    number = copies(n * -(-k // 8))
+    weights = [BinaryWeight.from_dense(torch.randn(n, k, device="cuda", dtype=torch.float16)) for _ in range(number)]
+
+    def case(m: int) -> Case:
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+
+        def run(i: int) -> Tensor:
+            with use_backend("triton"):
+                return ops.binary_linear(x, weights[i], bits)
+
+        def check() -> None:
+            with use_backend("reference"):
+                expected = ops.binary_linear(x, weights[0], bits)
+            error = (run(0) - expected).abs().max().item()
+            if not error <= (fp_error_bound(x, weights[0]) if bits is None else 0.0):
+                raise BackendError(f"differs from the reference by {error:.3g}")
+
+        nbytes = weights[0].signs.nbytes
+        return Case("triton", activations, "triton", m, n, k, nbytes, len(weights), run, check, peer=True)
 
     return case
 
