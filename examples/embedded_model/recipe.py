@@ -347,6 +347,8 @@ def run_packing(o: argparse.Namespace) -> None:
         pad_token_id=ends[0],
         repetition_penalty=1.2,  # without it so small a model says all things twice
     )
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.padding_side, tokenizer.model_max_length = "left", student.config.max_position_embeddings
     save_student(student, work / "student", tokenizer)
     bitinfer.convert(work / "student", o.out, dtype="float16", embedding_bits=8, overwrite=True)
     size = sum(file.stat().st_size for file in o.out.iterdir())
