@@ -14,6 +14,7 @@ from bitinfer.embedded import embedded_model
 from bitinfer.errors import BackendError, BitinferError, FormatError
 from bitinfer.integrations import install as _install
 from bitinfer.load import load
+from bitinfer.models import fuse, unfuse
 from bitinfer.nn import BinaryLinear, ReplaceReport, replace_linear
 from bitinfer.weight import BinaryWeight, WeightLayout
 
@@ -32,9 +33,11 @@ __all__ = [
     "WeightLayout",
     "convert",
     "embedded_model",
+    "fuse",
     "load",
     "ops",
     "replace_linear",
+    "unfuse",
     "use_backend",
 ]
 

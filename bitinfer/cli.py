@@ -14,6 +14,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from bitinfer.cli_generate import register as register_generate
+from bitinfer.cli_options import ActBits, ActBlock, Bits, Block, DType, Dtype, Model, Threads, bits_of, load_model
 from bitinfer.distill.cli import register as register_distill
 from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
 from bitinfer.tune import register as register_tune
@@ -65,25 +67,6 @@ class Method(str, Enum):
     svd = "svd"
 
 
-class DType(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class ActBits(str, Enum):
-    none = "none"
-    eight = "8"
-    four = "4"
-    two = "2"
-    one = "1"
-
-
-class ActBlock(str, Enum):
-    token = "0"
-    block = "256"
-
-
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
@@ -99,19 +82,8 @@ def command(*examples: str, name: str | None = None, group: typer.Typer = app) -
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder: config.json and weights.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that bitinfer packed.")]
 TextFile = Annotated[Path, typer.Option("--text", exists=True, dir_okay=False, help="A UTF-8 text file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Bits = Annotated[
-    ActBits | None,
-    typer.Option(help="Quantise activations to this many bits; none: leave them. By default as the folder says."),
-]
-Block = Annotated[
-    ActBlock | None,
-    typer.Option(help="Activation scale per token (0) or per 256 columns. By default as the folder says."),
-]
-Dtype = Annotated[DType | None, typer.Option("--dtype", help="What to compute in. By default as the folder says.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the kernels.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -179,7 +151,7 @@ def convert(
             format=source_format.value,
             method=method.value,
             dtype=dtype and dtype.value,
-            act_bits=_bits(act_bits),
+            act_bits=bits_of(act_bits),
             act_block=int(act_block.value),
             embedding_bits=embedding_bits,
             skip=skip,
@@ -245,7 +217,7 @@ def verify(
             text=prompt if text is None else _read(text),
             tokens=tokens,
             dtype=getattr(torch, dtype.value),
-            act_bits="config" if act_bits is None else _bits(act_bits),
+            act_bits="config" if act_bits is None else bits_of(act_bits),
             on_stage=stage,
         )
     _show(result.to_dict(), as_json, lambda: tables.verification(result))
@@ -258,58 +230,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@command(
-    'bitinfer generate "Tell me about the moon."',
-    'bitinfer generate fbi-7b-packed "The capital of France is"',
-    'bitinfer generate smol-packed "Tell me a joke" --temperature 0.7 --top-p 0.9 --seed 1',
-    'bitinfer generate no-tokenizer --token-ids "1,450,7483"',
-)
-def generate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder that bitinfer packed. By default the model it comes with."),
-    ] = None,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    token_ids: Annotated[str | None, typer.Option(help='The prompt as token ids: "1,2,3". Prints ids.')] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens with this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many of the likeliest; 0: all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. By default if there is one.")
-    ] = None,
-    act_bits: Bits = None,
-    act_block: Block = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-) -> None:
-    """Write text, token by token; the speed goes to stderr."""
-    from bitinfer import tables
-    from bitinfer.embedded import embedded_model
-    from bitinfer.generate import generate as run
-
-    if model is not None and prompt is None and token_ids is None and not Path(model).is_dir():
-        model, prompt = None, model  # a single argument is the prompt
-    if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give either PROMPT or --token-ids")
-    start: str | list[int] = prompt if prompt is not None else _ids(str(token_ids))
-    folder = Path(model) if model is not None else embedded_model()
-    network, tokenizer = _load(folder, dtype, act_bits, act_block, threads)
-    result = run(
-        network,
-        tokenizer if token_ids is None else None,
-        start,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        chat=chat,
-        on_text=lambda text: typer.echo(text, nl=False),
-    )
-    typer.echo()
-    typer.echo(tables.speed(result), err=True)
+register_generate(command)
 
 
 @command(
@@ -336,7 +257,7 @@ def evaluate(
     from bitinfer.evaluate import perplexity
 
     content = _read(text)
-    network, tokenizer = _load(model, dtype, act_bits, act_block, threads)
+    network, tokenizer = load_model(model, dtype, act_bits, act_block, threads)
     with progress_bar("windows") as progress:
         result = perplexity(
             network,
@@ -442,38 +363,8 @@ register_distill(command)
 register_tune(command)
 
 
-def _load(
-    model: Path, dtype: DType | None, act_bits: ActBits | None, act_block: ActBlock | None, threads: int | None
-) -> tuple[Any, Any]:
-    import torch
-
-    from bitinfer.load import load
-
-    if not model.is_dir() and str(model).count("/") != 1:  # what has one slash may be on the Hub
-        raise ValueError(f"{model}: no such folder; make one with: bitinfer convert SRC {model}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    options: dict[str, Any] = {} if act_bits is None else {"act_bits": _bits(act_bits)}
-    if act_block is not None:
-        options["act_block"] = int(act_block.value)
-    with status() as stage:
-        stage(f"loading {model}")
-        return load(model, dtype="auto" if dtype is None else getattr(torch, dtype.value), **options)
-
-
-def _bits(act_bits: ActBits) -> int | None:
-    return None if act_bits is ActBits.none else int(act_bits.value)
-
-
 def _words(text: str) -> list[str]:
     return [part for part in map(str.strip, text.split(",")) if part]
-
-
-def _ids(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise typer.BadParameter(f'expected numbers with commas like "1,2,3", got {text!r}')
-    return [int(part) for part in parts]
 
 
 def _read(path: Path) -> str:

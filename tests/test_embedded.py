@@ -49,6 +49,12 @@ def test_it_prefers_english_to_the_same_words_in_disorder(loaded):
 def test_it_answers_on_the_subject(loaded):
     model, tokenizer = loaded
     answer = generate(model, tokenizer, "Tell me about the moon.", max_new_tokens=48).text
+    fused = generate(bitinfer.fuse(model), tokenizer, "Tell me about the moon.", max_new_tokens=48).text
+    assert (
+        fused
+        == answer
+        == generate(bitinfer.unfuse(model), tokenizer, "Tell me about the moon.", max_new_tokens=48).text
+    )
     assert "moon" in answer.lower() and len(set(answer.split())) > 15
     story = generate(model, tokenizer, "Once upon a time", max_new_tokens=32, chat=False, temperature=0.6, seed=1).text
     assert len(story.split()) > 10
@@ -66,6 +72,21 @@ def test_the_command_line_uses_it_by_default():
     assert len(answer.stdout.split()) >= 5
     named = [str(bitinfer.embedded_model()), "Tell me about the sea.", "--max-new-tokens", "12"]
     assert CliRunner().invoke(app, ["generate", *named]).stdout == answer.stdout
+
+
+def test_a_conversation():
+    options = ["--max-new-tokens", "12", "--temperature", "0"]
+    turns = "What is a river?\n\nAnd a lake?\n/new\nAnd a lake?\n/exit\nnever\n"
+    chat = CliRunner().invoke(app, ["chat", *options], input=turns)
+    assert chat.exit_code == 0, chat.output
+    first, second, third = chat.stdout.splitlines()
+    assert first and second != third  # the second remembers the first question, the third was told to forget
+    alone = CliRunner().invoke(app, ["chat", *options], input="And a lake?\n")
+    assert alone.stdout.splitlines() == [third]
+    told = CliRunner().invoke(app, ["chat", *options, "--system", "You are a pirate."], input="And a lake?\n")
+    assert told.stdout != alone.stdout
+    many = "\n".join(["Tell me a long story about a king and his many horses."] * 12)
+    assert CliRunner().invoke(app, ["chat", *options], input=many).exit_code == 0  # the oldest turns are dropped
 
 
 def test_the_card_is_made_of_the_committed_figures():

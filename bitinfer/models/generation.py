@@ -1,0 +1,286 @@
+"""The loop behind ``model.generate``: transformers prepares a call and we decode it, where we can."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bitinfer.models.decoder import Decoder, obstacle
+from bitinfer.models.sampling import Sampling, tokens_seen
+from bitinfer.nn import BinaryLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+LAG = 8  # steps that the device may be ahead of the host
+_decoders: WeakKeyDictionary[nn.Module, Decoder] = WeakKeyDictionary()
+
+
+class FusedGeneration:
+    """What :func:`fuse` puts in front of a model's class."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        model: Any = self
+        if synced_gpus or not _takes(model, input_ids, generation_config, model_kwargs):
+            return super()._sample(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        decoder = _decoders.get(model)
+        if decoder is None:
+            decoder = _decoders[model] = Decoder(model)
+        padding = _padding(model_kwargs.get("attention_mask"))
+        call = _Call(decoder, input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer)
+        ids = call.in_graphs() if call.fits_graphs() else call.step_by_step()
+        if streamer is not None:
+            streamer.end()
+        return ids
+
+
+def fuse(model: Model) -> Model:
+    """Have ``model.generate`` decode through bitinfer's own loop, and return the model.
+
+    The loop holds keys and values in memory that is allocated once, reads the packed weights where they are, and on a
+    GPU replays a whole step, sampling included, as one CUDA graph, without waiting for the host. Greedy decoding and
+    sampling go through it, in batches padded on the left, with transformers' own streamers and stopping criteria; what
+    it does not know (beams, returned scores, a cache that is handed in) transformers decodes as before. ``forward``,
+    ``state_dict`` and ``save_pretrained`` stay what they are.
+
+    Args:
+        model: a causal model of transformers of the LLaMA or Qwen3 kind with packed layers, on one device.
+
+    Raises:
+        ValueError: it is of another kind, or has no packed layer; the message says what is in the way.
+    """
+    if isinstance(model, FusedGeneration):
+        return model
+    reason = obstacle(model)
+    if reason is None and not any(isinstance(m, BinaryLinear) for m in model.modules()):
+        reason = "it has no packed layer: convert it, or bitinfer.replace_linear(model) first"
+    if reason is not None:
+        raise ValueError(f"fuse: this model cannot be fused: {reason}")
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (FusedGeneration, kind), {"__module__": kind.__module__})
+    return model
+
+
+def fuse_if_possible(model: Model) -> Model:
+    """Do what :func:`fuse` does, and leave a model that it refuses as it is."""
+    packed = any(isinstance(m, BinaryLinear) for m in model.modules())
+    return fuse(model) if packed and obstacle(model) is None else model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo :func:`fuse`, and free what its decoder holds."""
+    if isinstance(model, FusedGeneration):
+        model.__class__ = type(model).__mro__[2]
+        _decoders.pop(model, None)
+    return model
+
+
+def _takes(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether the loop below does what this call asks for."""
+    if model.training or not config.use_cache or config.return_dict_in_generate or config.is_assistant:
+        return False
+    given = kwargs.get("cache", kwargs.get("past_key_values"))
+    if given is not None and given.get_seq_length() > 0:
+        return False
+    if any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_input_ids", "token_type_ids")):
+        return False
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if mask.shape != ids.shape:
+            return False
+        # padding on the left and nowhere else: zeros, then ones
+        if not bool((mask.bool().cummax(1).values == mask.bool()).all()) or not bool(mask[:, -1].all()):
+            return False
+    return ids.shape[1] > 0 and obstacle(model) is None
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    padding = (mask == 0).sum(1)
+    return padding if bool(padding.any()) else None
+
+
+class _Call:
+    """One call of generate: prompts ``ids [B, T]``, and transformers' own objects."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids: Tensor,
+        padding: Tensor | None,
+        processors: Any,
+        criteria: Any,
+        config: Any,
+        streamer: Any,
+    ) -> None:
+        self.decoder, self.ids, self.padding, self.streamer = decoder, ids, padding, streamer
+        self.processors, self.criteria = processors, criteria
+        self.sample = bool(config.do_sample)
+        self.pad = config._pad_token_tensor
+        self.length = int(criteria.max_length or config.max_length)
+        self.ends: Tensor | None = None
+        for criterion in criteria:
+            if hasattr(criterion, "eos_token_id"):
+                self.ends = criterion.eos_token_id.to(ids.device)
+
+    # where the host looks at each token
+
+    def step_by_step(self) -> Tensor:
+        """Decode with transformers' processors and criteria, whatever they are, and return prompts and answers."""
+        ids = self.ids
+        running = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+        self.decoder.reserve(len(ids), self.length)
+        logits = self.decoder.prefill(ids, self.padding)
+        while True:
+            scores = self.processors(ids, logits.float())
+            tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if self.sample else scores.argmax(-1)
+            if self.ends is not None:
+                tokens = tokens * running + self.pad.to(ids.device) * (1 - running)
+            ids = torch.cat([ids, tokens.unsqueeze(1)], 1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            running = running & ~self.criteria(ids, None)
+            if not running.any():
+                return ids
+            logits = self.decoder.step(tokens, ids.shape[1] - 1, self.padding)
+
+    # where the device runs ahead
+
+    def fits_graphs(self) -> bool:
+        """Return whether nothing but lengths and end tokens stops this call, and its sampling is known."""
+        known = all(hasattr(c, "eos_token_id") or type(c).__name__ in ("MaxLengthCriteria",) for c in self.criteria)
+        return self.ids.is_cuda and known and Sampling.of(self.processors, self.sample) is not None
+
+    def in_graphs(self) -> Tensor:
+        """Decode by replaying one graph per step; the host reads tokens up to LAG steps later."""
+        sampling = Sampling.of(self.processors, self.sample)
+        assert sampling is not None
+        decoder, batch, prompt = self.decoder, len(self.ids), self.ids.shape[1]
+        decoder.reserve(batch, self.length)
+        logits = decoder.prefill(self.ids, self.padding)
+        key = (decoder.cache, sampling, self.padding is None, None if self.ends is None else tuple(self.ends.tolist()))
+        loop = decoder.loop
+        if loop is None or loop.key != key:
+            loop = decoder.loop = StepLoop(decoder, sampling, batch, logits.shape[1], key)
+        loop.begin(logits, self.ids, self.padding, self.pad, self.processors)
+        out = [self.ids]
+        pending: deque[tuple[Tensor, Tensor, Any]] = deque([loop.read()])
+        made = 1
+        while pending:
+            while len(pending) <= LAG and prompt + made < self.length:
+                loop.step()
+                pending.append(loop.read())
+                made += 1
+            tokens, finished, landed = pending.popleft()
+            landed()
+            out.append(tokens.to(self.ids.device).unsqueeze(1))
+            if self.streamer is not None:
+                self.streamer.put(tokens)
+            if bool(finished.all()):
+                break
+        return torch.cat(out, 1)
+
+
+class StepLoop:
+    """Steps of one token for a whole batch with nothing on the host: a CUDA graph where there is CUDA.
+
+    Args:
+        decoder: its cache is reserved.
+        sampling: how tokens are chosen.
+        batch, vocabulary: B and V.
+        key: the cache, the sampling, whether there is no padding, and the tokens that end a sequence or None; a graph
+            serves every call that has the same.
+    """
+
+    def __init__(self, decoder: Decoder, sampling: Sampling, batch: int, vocabulary: int, key: tuple[Any, ...]) -> None:
+        self.decoder, self.sampling, self.key = decoder, sampling, key
+        _, _, unpadded, ends = key
+        device = decoder.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tokens, self.slot, self.pad = zeros(batch), zeros(1), zeros()
+        self.finished = zeros(batch, dtype=torch.bool)
+        self.padding = None if unpadded else zeros(batch)
+        self.ends = None if ends is None else torch.tensor(ends, device=device)
+        self.seen = zeros(batch, vocabulary, dtype=torch.bool) if sampling.repetition_penalty != 1 else None
+        self.replay: Callable[[], None] = _Captured(self._step) if decoder.device.type == "cuda" else self._step
+
+    def begin(self, logits: Tensor, ids: Tensor, padding: Tensor | None, pad: Tensor | None, processors: Any) -> None:
+        """Choose the first tokens from the logits ``[B, V]`` behind the prompts ``ids [B, T]``."""
+        self.slot.fill_(ids.shape[1])
+        self.finished.zero_()
+        if self.padding is not None and padding is not None:
+            self.padding.copy_(padding)
+        if pad is not None:
+            self.pad.copy_(pad)
+        if self.seen is not None:
+            self.seen.copy_(tokens_seen(ids, self.seen.shape[1], processors))
+        self._choose(logits)
+
+    def step(self) -> None:
+        """Run the tokens chosen last through the model and choose the next."""
+        self.replay()
+
+    def _step(self) -> None:
+        logits = self.decoder.step_anywhere(self.tokens, self.slot, self.padding)
+        self.slot.add_(1)
+        self._choose(logits)
+
+    def _choose(self, logits: Tensor) -> None:
+        tokens = self.sampling.choose(logits, self.seen)
+        if self.ends is not None:
+            tokens = torch.where(self.finished, self.pad, tokens)
+            self.finished.logical_or_(torch.isin(tokens, self.ends))
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
+        self.tokens.copy_(tokens)
+
+    def read(self) -> tuple[Tensor, Tensor, Callable[[], None]]:
+        """Return the tokens chosen last and what is finished on the host, and what to call before looking at them."""
+        if not self.tokens.is_cuda:
+            return self.tokens.clone(), self.finished.clone(), lambda: None
+        tokens = torch.empty(self.tokens.shape, dtype=torch.long, pin_memory=True)
+        finished = torch.empty(self.finished.shape, dtype=torch.bool, pin_memory=True)
+        tokens.copy_(self.tokens, non_blocking=True)
+        finished.copy_(self.finished, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return tokens, finished, event.synchronize
+
+
+class _Captured:
+    """A step that runs as it is once, which warms it up, and from then on as the CUDA graph of itself."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step, self.warm = step, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self.warm:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.warm = True
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records and does not run
+                self.step()
+        self.graph.replay()
