@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from bitinfer.cli_bench import register as register_bench
 from bitinfer.cli_generate import register as register_generate
 from bitinfer.cli_options import ActBits, ActBlock, Bits, Block, DType, Dtype, Model, Threads, bits_of, load_model
 from bitinfer.distill.cli import register as register_distill
@@ -283,88 +284,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@command(
-    "bitinfer bench kernels --quick",
-    "bitinfer bench kernels --shapes 7b --tokens 1,32 --threads 8 --json results.json",
-    "bitinfer bench kernels --shapes 4096x4096 --isa scalar",
-    "bitinfer bench kernels --device cuda --json h200.json",
-    "bitinfer bench kernels --device cuda --shapes 4096x4096 --tokens 1..4096 --ops int8 --plot figures",
-    group=bench_app,
-)
-def kernels(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    shapes: Annotated[
-        str | None,
-        typer.Option(help="130m, 1.3b, 7b of FBI-LLM, 7b-fused, or NxK (outputs x inputs); with commas."),
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", "--m", help="Tokens M, with commas; 1..4096 doubles from 1 to 4096.")
-    ] = None,
-    ops: Annotated[
-        str, typer.Option(help='Ops to time, with commas: sign_gemm, int8, "popcount_gemm int4"; by default all.')
-    ] = "",
-    threads: Threads = None,
-    isa: Annotated[str | None, typer.Option(help="Force an instruction set of the cpu backend.")] = None,
-    peers: Annotated[
-        str | None,
-        typer.Option(help="On CUDA, what to compare with: torch, fp8, triton, gemlite, humming; by default all."),
-    ] = None,
-    peer_seconds: Annotated[float, typer.Option(help="How long gemlite and humming may take, each in all.")] = 240.0,
-    layout: Annotated[str, typer.Option(help="On CUDA, which terms the weights have: fbi, onebit, row, plain ...")] = (
-        "fbi"
-    ),
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Write JSON here; - for stdout.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Write figures into this folder (needs matplotlib).")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One small model, one token, a few calls each.")] = False,
-) -> None:
-    """Time each op against dense layers and other libraries, on cold weights, after checking its results."""
-    if isa is not None:
-        os.environ["BITINFER_CPU_ISA"] = isa
-    from bitinfer import tables
-    from bitinfer.bench import bench_kernels, parse_shapes, parse_tokens
-    from bitinfer.bench.plot import plot as draw
-
-    if plot is not None and device != "cuda":
-        raise ValueError("--plot draws the results of --device cuda alone")
-    if quick:
-        shapes, tokens = "130m", "1"
-    try:
-        rows = None if tokens is None else parse_tokens(tokens)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    with progress_bar("measuring") as progress:
-        report = bench_kernels(
-            None if shapes is None else parse_shapes(shapes),
-            rows,
-            device=device,
-            only=_words(ops),
-            threads=threads,
-            isa=isa,
-            seconds=0.03 if quick else 0.3,
-            peers=None if peers is None else _words(peers),
-            peer_seconds=peer_seconds,
-            layout=layout,
-            progress=progress,
-        )
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if plot is not None:
-        stem = "kernels" if json_file is None or str(json_file) == "-" else json_file.stem
-        for path in draw(report.to_dict(), plot, stem):
-            typer.echo(f"wrote {path}", err=True)
-    _show(report.to_dict(), str(json_file) == "-", lambda: tables.benchmark(report))
-
-
+register_bench(command, bench_app)
 register_distill(command)
 register_tune(command)
-
-
-def _words(text: str) -> list[str]:
-    return [part for part in map(str.strip, text.split(",")) if part]
 
 
 def _read(path: Path) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from bitinfer.bench import BenchReport
+    from bitinfer.bench import BenchReport, ModelReport
     from bitinfer.convert import ConversionReport
     from bitinfer.doctor import Diagnosis
     from bitinfer.evaluate import Perplexity
@@ -234,6 +234,43 @@ def benchmark(report: "BenchReport") -> RenderableType:
         "M: tokens. GB/s: bytes of the weight over the median. TOPS: 2 M N K over the median. x ...: times faster than "
         "F.linear of that dtype, or than that peer."
     )
+    return Group(*parts)
+
+
+def models(report: "ModelReport") -> RenderableType:
+    """Show the timings of whole models, a table for decoding and one for prompts."""
+    m = report.machine
+    runs_on = f"{m['threads']} threads" if m["device"] == "cpu" else f"driver {m['driver']}, CUDA {m['cuda']}"
+    head = (
+        f"{report.name} on {m['device_name']}, {runs_on}, torch {m['torch']}, bitinfer {m['bitinfer']} "
+        f"({m['commit'] or 'no commit known'})"
+    )
+    decoding = Table(title="decoding", title_justify="left")
+    prompts = Table(title="prompts, one at a time", title_justify="left")
+    left = ("model", "loop", "activations")
+    for table, names in (
+        (decoding, ("batch", "context", "tokens/s", "ms a step", "x dense", "peak", "weights")),
+        (prompts, ("tokens", "tokens/s", "ms to first token", "x dense")),
+    ):
+        for name in (*left, *names):
+            table.add_column(name, justify="left" if name in left else "right")
+    rows = report.measurements
+    for row in sorted(rows, key=lambda row: (row.decode_tokens_per_second is None, row.batch, row.context)):
+        dense = [r for r in rows if r.model == "dense" and (r.batch, r.context) == (row.batch, row.context)]
+        about = (row.model, row.loop, row.activations)
+        speed = row.decode_tokens_per_second
+        if speed is None:
+            ratio = "".join(f"{row.prefill_tokens_per_second / r.prefill_tokens_per_second:.2f}" for r in dense[:1])
+            to_first = f"{1e3 * row.seconds_to_first_token:.1f}"
+            prompts.add_row(*about, str(row.context), f"{row.prefill_tokens_per_second:,.0f}", to_first, ratio)
+            continue
+        ratio = "".join(f"{speed / (r.decode_tokens_per_second or speed):.2f}" for r in dense[:1])
+        peak = "" if row.peak_bytes is None else size(row.peak_bytes)
+        step = f"{1e3 * row.batch / speed:.2f}"
+        where = (str(row.batch), str(row.context))
+        decoding.add_row(*about, *where, f"{speed:,.1f}", step, ratio, peak, size(row.weight_bytes))
+    parts: list[RenderableType] = [escape(head), decoding, prompts, *_notes(report.notes)]
+    parts.append("x dense: times faster than the dense model under transformers in the same run.")
     return Group(*parts)
 
 

@@ -22,7 +22,7 @@ from bitinfer.dispatch import BACKENDS
 from bitinfer.formats import FORMATS
 from bitinfer.formats.latent import METHODS
 
-COMMANDS = ["convert", "info", "verify", "generate", "eval", "doctor", "bench kernels"]
+COMMANDS = ["convert", "info", "verify", "generate", "chat", "eval", "doctor", "bench kernels", "bench model"]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -198,6 +198,27 @@ def test_bench_kernels(tmp_path, monkeypatch):
     assert {row["m"] for row in stored["measurements"]} == {0, 1, 2} and stored["machine"]["threads"] == 1
     few = json.loads(run("bench", "kernels", "--shapes", "8x32", "--tokens", 1, "--ops", "int8", "--json", "-").stdout)
     assert {row["op"] for row in few["measurements"]} == {"F.linear", "popcount_gemm", "pack_activations"}
+
+
+def test_bench_model(folders, tmp_path):
+    file = tmp_path / "model.json"
+    options = ["--batches", "1,2", "--prompts", "9", "--context", 12, "--new-tokens", 3, "--dtype", "float32"]
+    text = run("bench", "model", folders["packed"], *options, "--json", file).stdout
+    assert "decoding" in text and "fused" in text and "x dense" in text
+    rows = json.loads(file.read_text())["measurements"]
+    loops = {(r["model"], r["loop"], r["activations"]) for r in rows}
+    assert loops == {("packed", w, a) for w in ("fused", "transformers") for a in ("fp32", "int8")} | {
+        ("dense", "transformers", "fp32")
+    }
+    assert {(r["batch"], r["context"], r["decode_tokens_per_second"] is None) for r in rows} == {
+        (1, 12, False),
+        (2, 12, False),
+        (1, 9, True),
+    }
+    assert all(r["prefill_tokens_per_second"] > 0 for r in rows)
+    too_long = run("bench", "model", folders["packed"], "--prompts", 4000, "--no-dense", "--batches", 1, "--context", 5)
+    assert "4000 tokens are longer than the model reads" in " ".join(too_long.stdout.split())
+    assert "packed folder" in run("bench", "model", "14b", code=1).stderr
 
 
 # errors
