@@ -170,8 +170,7 @@ __device__ __forceinline__ void store_outputs(int (&acc)[OneBit::kColumns / 2], 
       // transposed on the way: a row of each 8 x 8 matrix is a token
       asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                        to + swizzled(8 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)),
-                   "r"(pair[0]), "r"(pair[1]), "r"(pair[2]), "r"(pair[3])
-                   : "memory");
+                   "r"(pair[0]), "r"(pair[1]), "r"(pair[2]), "r"(pair[3]));
     }
     fence_async_proxy();
     named_barrier(1 + warpgroup, 128);
