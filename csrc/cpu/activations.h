@@ -6,6 +6,18 @@
 namespace bitinfer::cpu {
 namespace {
 
+// Asks for memory that will be read soon, into the second-level cache; it may lie outside of any allocation.
+class Ahead {
+ public:
+  explicit Ahead(const void* first) : next_(reinterpret_cast<uintptr_t>(first)) {}
+  void lines(int64_t count) {
+    for (int64_t i = 0; i < count; ++i, next_ += 64) __builtin_prefetch(reinterpret_cast<const void*>(next_), 0, 2);
+  }
+
+ private:
+  uintptr_t next_;
+};
+
 constexpr float kSmallestAbsmax = 0x1p-96f;  // smaller blocks become zeros: 127 / absmax must stay finite
 
 template <class Isa>

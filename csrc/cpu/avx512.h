@@ -135,11 +135,11 @@ struct Avx512Floats {
 
 // Digits in, sums of 16 rows out.
 struct Avx512Digits : Avx512Floats {
-  static constexpr int64_t kTile = 16, kTileColumns = 16;
+  static constexpr int64_t kTile = 16;
 
-  // The digits of `count` floats of a unit; the rest of the 64 bytes are zero.
-  static void digits_of_floats(const float* z, int64_t count, float factor, int64_t digits, int8_t* out,
-                               int64_t stride) {
+  // The digits of `count` floats of a unit, the last of them first in line; the rest of the 64 bytes are zero, and so
+  // are digits past `used`.
+  static void digits_of_floats(const float* z, int64_t count, float factor, int32_t used, int8_t* const* out) {
     // byte 8*i + j of a unit goes to byte 8*j + i
     alignas(64) static constexpr uint8_t kOrder[64] = {0, 8,  16, 24, 32, 40, 48, 56, 1, 9,  17, 25, 33, 41, 49, 57,
                                                        2, 10, 18, 26, 34, 42, 50, 58, 3, 11, 19, 27, 35, 43, 51, 59,
@@ -152,12 +152,13 @@ struct Avx512Digits : Avx512Floats {
           count > 16 * i ? _mm512_maskz_loadu_ps(lanes(count - 16 * i), z + 16 * i) : _mm512_setzero_ps();
       q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(part, _mm512_set1_ps(factor)));  // halves to even
     }
-    for (int64_t d = 0; d < digits; ++d) {
+    if (used < 3) _mm512_storeu_si512(out[2], _mm512_setzero_si512());
+    for (int32_t d = used == 3 ? 2 : 1; d >= 0; --d) {
       __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(q[0]));
       bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(q[1]), 1);
       bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(q[2]), 2);
       bytes = _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(q[3]), 3);
-      _mm512_storeu_si512(out + d * stride, _mm512_permutexvar_epi8(order, bytes));
+      _mm512_storeu_si512(out[d], _mm512_permutexvar_epi8(order, bytes));
       // the byte is signed: what is left of q is (q - byte) / 256
       for (int i = 0; i < 4; ++i) q[i] = _mm512_srai_epi32(_mm512_add_epi32(q[i], half), 8);
     }
@@ -182,21 +183,20 @@ struct Avx512Digits : Avx512Floats {
     _mm512_storeu_si512(out, _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(inside, inside), bytes));
   }
 
-  static int32_t sum_digits(const int8_t* digits, int64_t units) {
+  static int32_t sum_digits(const int8_t* digits, int64_t units, int64_t stride) {
     __m512i sum = _mm512_setzero_si512();
     for (int64_t u = 0; u < units; ++u) {
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load512(digits + u * kUnit));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load512(digits + u * stride));
     }
     return _mm512_reduce_add_epi32(sum);
   }
 
-  // a[r] += scale[r] * (token * sum_d 256^d (base_d - 2 * count_d[r])) for the 16 rows of a tile
-  static void add_digits(const int32_t* count, const int32_t* base, int64_t base_stride, int64_t digits, float token,
+  // a[r] += scale[r] * (token * sum_d 256^(digits - 1 - d) (base_d - 2 * count_d[r])) for the 16 rows of a tile
+  static void add_digits(const int32_t* const* count, const int32_t* base, int32_t digits, float token,
                          const float* scale, float* a) {
     __m512 value = _mm512_setzero_ps();
-    for (int64_t d = digits; d-- > 0;) {
-      const __m512i integers =
-          _mm512_sub_epi32(_mm512_set1_epi32(base[d * base_stride]), _mm512_slli_epi32(load512(count + d * kTile), 1));
+    for (int32_t d = 0; d < digits; ++d) {
+      const __m512i integers = _mm512_sub_epi32(_mm512_set1_epi32(base[d]), _mm512_slli_epi32(load512(count[d]), 1));
       value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(integers));
     }
     value = _mm512_mul_ps(value, _mm512_set1_ps(token));
@@ -220,20 +220,6 @@ struct Avx512Digits : Avx512Floats {
       rows[r] = reinterpret_cast<const uint8_t*>(panel.first + row * panel.words + word);
     }
   }
-};
-
-// Asks for memory some way ahead of the weights being read, into the second-level cache: rows follow one another, but
-// the processor's own prefetchers stop at pages.
-class Ahead {
- public:
-  explicit Ahead(const void* first) : next_(static_cast<const char*>(first) + kDistance) {}
-  void lines(int count) {
-    for (int i = 0; i < count; ++i, next_ += 64) _mm_prefetch(next_, _MM_HINT_T1);
-  }
-
- private:
-  static constexpr int64_t kDistance = 5120;
-  const char* next_;
 };
 
 // C columns of a tile, R rows at a time: R * C sums stay in registers over the whole segment. Digits of a column are
@@ -286,20 +272,22 @@ void count_columns(const uint8_t* const* rows, int64_t units, bool half, const i
   for (int c = 0; c < C; ++c) _mm512_storeu_si512(counts + c * 16, sum_rows(sums[c]));
 }
 
-// All columns of one tile, digits in rows.
-void count_tile(const Panel& panel, const DigitRecord& record, int64_t segment, const std::byte* prepared,
-                int32_t* counts) {
+constexpr int64_t kAhead = 1280;  // words
+
+// All columns of one tile, digits column by column.
+void count_tile(const Panel& panel, const DigitRecord& record, int64_t columns, int64_t segment,
+                const std::byte* prepared, int32_t* counts) {
   const int64_t word = segment * record.segment_words, words = record.words_of(segment), units = (words + 1) / 2;
   const int64_t stride = record.units * kUnit;
   const bool half = word + 2 * units > panel.words;
   const auto* digits = reinterpret_cast<const int8_t*>(prepared) + segment * record.segment_units * kUnit;
   const uint8_t* rows[16];
   Avx512Digits::row_bytes(panel, 0, word, rows);
-  Ahead ahead(panel.first + 16 * word);
+  Ahead ahead(panel.first + 16 * word + kAhead);
   int64_t c = 0;
-  for (; c + 6 <= record.columns; c += 6)
+  for (; c + 6 <= columns; c += 6)
     count_columns<4, 6>(rows, units, half, digits + c * stride, stride, ahead, counts + c * 16);
-  switch (record.columns - c) {
+  switch (columns - c) {
     case 1:
       return count_columns<1, 1>(rows, units, half, digits + c * stride, stride, ahead, counts + c * 16);
     case 2:

@@ -5,11 +5,11 @@
 //
 //   row panel (one or more tiles of 16 rows)  x  segment  x  plane  x  all columns (digits of tokens) of the pass
 //
-// Isa::count computes C: counts[tile][column][16 rows]. The epilogue then works on the 16 rows of a tile at a time,
-// while the counts are in cache. For sign_gemm it is sum_p sum_g scale * (token scale * sum_d 256^d I_d) in float32;
-// for popcount_gemm it is fixed to the rounding by bitinfer.ops.popcount_gemm.
+// Session::count computes C: counts[tile][column][16 rows]. The epilogue then works on the 16 rows of a tile at a time,
+// while the counts are in cache. For sign_gemm it is sum_p sum_g scale * (token scale * sum_d 256^(last - d) I_d) in
+// float32; for popcount_gemm it is fixed to the rounding by bitinfer.ops.popcount_gemm.
 //
-// Isa provides: kTile, panel_tiles(record), Session, count(), and tokens_times_rows: see avx512.h.
+// Isa provides: kTile, panel_tiles(record), Session, add_digits, add_integers: see avx512.h.
 namespace bitinfer::cpu {
 namespace {
 
@@ -97,9 +97,9 @@ void sign_digit_multiply(const SignGemm& p, const std::byte* prepared, int64_t r
   const DigitRecord record = record_of<Isa>(p);
   const int64_t tiles = Isa::panel_tiles(record), panel_rows = tiles * kTile;
   Buffer<float> a(p.m * panel_rows), bias(panel_rows);
-  Buffer<int32_t> counts(tiles * record.padded_columns * kTile);
+  Buffer<int32_t> counts(tiles * record.padded_columns() * kTile);
   PanelScales<Isa> scales(w.scale, w.planes, w, panel_rows), shifts(w.group_shift, 1, w, panel_rows);
-  typename Isa::Session session(record);
+  typename Isa::Session session(record, prepared);
   for (int64_t n0 = row_begin; n0 < row_end; n0 += panel_rows) {
     const int64_t rows = row_end - n0 < panel_rows ? row_end - n0 : panel_rows;
     const int64_t used = (rows + kTile - 1) / kTile;
@@ -108,13 +108,18 @@ void sign_digit_multiply(const SignGemm& p, const std::byte* prepared, int64_t r
     for (int64_t i = 0; i < p.m * panel_rows; ++i) a[i] = 0;
     for (int64_t s = 0; s < record.segments; ++s) {
       for (int64_t plane = 0; plane < w.planes; ++plane) {
-        session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, prepared, counts.data());
+        session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, counts.data());
         for (int64_t t = 0; t < p.m; ++t) {
-          const float scale = record.scale(prepared)[t];
-          const int32_t* base = record.base(prepared) + t * record.digits * record.segments + s;
+          const int32_t digits = record.used(prepared)[t];
+          int32_t base[3] = {};
+          for (int32_t d = 0; d < digits; ++d) {
+            base[d] = record.base(prepared)[record.column(t, d) * record.segments + s];
+          }
           for (int64_t tile = 0; tile < used; ++tile) {
-            const int32_t* count = counts.data() + (tile * record.padded_columns + t * record.digits) * kTile;
-            Isa::add_digits(count, base, record.segments, record.digits, scale, scales.at(plane, s, tile * kTile),
+            const int32_t* count = counts.data() + tile * record.padded_columns() * kTile;
+            const int32_t* of_digit[3] = {};
+            for (int32_t d = 0; d < digits; ++d) of_digit[d] = count + record.column(t, d) * kTile;
+            Isa::add_digits(of_digit, base, digits, record.scale(prepared)[t], scales.at(plane, s, tile * kTile),
                             a.data() + (t * tiles + tile) * kTile);
           }
         }
@@ -122,7 +127,7 @@ void sign_digit_multiply(const SignGemm& p, const std::byte* prepared, int64_t r
     }
     for (int64_t t = 0; t < p.m; ++t) {
       float* row = a.data() + t * panel_rows;
-      if (record.scale(prepared)[t] == kNoDigits) {
+      if (record.used(prepared)[t] == 0) {
         for (int64_t r = 0; r < rows; ++r) row[r] = 0;
         for (int64_t plane = 0; plane < w.planes; ++plane) add_without_digits(p, t, n0, rows, scales, plane, row);
       }
@@ -144,9 +149,9 @@ void popcount_digit_multiply(const PopcountGemm& p, const std::byte* prepared, i
   const int64_t tiles = Isa::panel_tiles(record), panel_rows = tiles * kTile, blocks = p.blocks();
   const int64_t group = w.group_size ? w.group_size : w.k, block = p.block_size ? p.block_size : w.k;
   Buffer<float> a(p.m * panel_rows), bias(panel_rows);
-  Buffer<int32_t> counts(tiles * record.padded_columns * kTile);
+  Buffer<int32_t> counts(tiles * record.padded_columns() * kTile);
   PanelScales<Isa> scales(w.scale, w.planes, w, panel_rows), shifts(w.group_shift, 1, w, panel_rows);
-  typename Isa::Session session(record);
+  typename Isa::Session session(record, prepared);
   for (int64_t n0 = row_begin; n0 < row_end; n0 += panel_rows) {
     const int64_t rows = row_end - n0 < panel_rows ? row_end - n0 : panel_rows;
     const int64_t used = (rows + kTile - 1) / kTile;
@@ -157,12 +162,12 @@ void popcount_digit_multiply(const PopcountGemm& p, const std::byte* prepared, i
       const int64_t column = s * record.segment_words * kWordBits;
       const int64_t g = column / (group ? group : 1), b = column / (block ? block : 1);
       for (int64_t plane = 0; plane < w.planes; ++plane) {
-        session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, prepared, counts.data());
+        session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, counts.data());
         for (int64_t t = 0; t < p.m; ++t) {
           const int32_t base = record.base(prepared)[t * record.segments + s];
           for (int64_t tile = 0; tile < used; ++tile) {
             Isa::add_integers(p.act_scale[t * blocks + b], scales.at(plane, g, tile * kTile), base,
-                              counts.data() + (tile * record.padded_columns + t) * kTile,
+                              counts.data() + (tile * record.padded_columns() + t) * kTile,
                               a.data() + (t * tiles + tile) * kTile);
           }
         }

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bitinfer::cpu {
 namespace {
 
@@ -30,8 +36,24 @@ bool has_avx512() {
 #endif
 }
 
+// The tiles' 8 KB of registers are a process's only after it has asked the kernel, which may refuse.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 // In order of preference. To add an instruction set: kernels_<isa>.cpp, its declaration in dispatch.h and a line here.
 constexpr InstructionSet kInstructionSets[] = {
+    {"amx", "AMX (INT8) and the system's permission to use it, or what avx512 needs", amx_kernels, has_amx},
     {"avx512", "AVX-512 (F, BW, VL, DQ, VNNI, VBMI) and GFNI", avx512_kernels, has_avx512},
     {"avx2", "AVX2, FMA and F16C", avx2_kernels, has_avx2},
     {"scalar", "nothing", scalar_kernels, always},

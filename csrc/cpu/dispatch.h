@@ -34,6 +34,7 @@ const std::string& active_name();
 const Kernels& kernels_named(const std::string& name);
 
 // One function per kernels_<isa>.cpp, null if it is compiled for another processor.
+const Kernels* amx_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* scalar_kernels();

@@ -1,6 +1,12 @@
 // The AVX2 table. Eight (sign_gemm) or 32 (popcount_gemm) weight rows sit in the lanes of a register, the tables of a
 // token are registers too, and a lookup is one vpermps or vpshufb with the packed bits as the index.
 #include "dispatch.h"
+#ifndef AR
+#define AR 32
+#define AW 64
+#define BR 64
+#define BW 32
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 
@@ -127,7 +133,7 @@ __m256i four_words(const uint32_t* lower, const uint32_t* upper, int64_t w, int6
 // Three columns to a table of their eight signed sums: bits 3*i ... 3*i+2 of a word index table i, and vpermps looks at
 // no other bit. The last of a word's eleven tables stands for two columns.
 struct Avx2Signs : Conversions {
-  static constexpr int64_t kRowTile = 32, kRows = 128, kWords = 16, kTables = 11, kTableFloats = kTables * 8;
+  static constexpr int64_t kRowTile = 32, kRows = 32, kWords = 64, kTables = 11, kTableFloats = kTables * 8;
 
   static void build_tables(const float* z, int64_t words, float* tables) {
     const __m256 flip0 = _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f);
@@ -148,15 +154,14 @@ struct Avx2Signs : Conversions {
   struct Tile {
     alignas(32) uint32_t words[kWords][kRows];
 
-    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
+    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count) {
       for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 8) {
         const uint32_t* row[8];
         row_pointers<8>(first, stride, r, rows, row);
-        for (int i = 0; i < 8; ++i) _mm_prefetch(reinterpret_cast<const char*>(row[i] + 16), _MM_HINT_T0);
         for (int64_t w = 0; w < count; w += 4) {
           // each lane is a 4 x 4 transpose: rows r ... r+3 in the lower, r+4 ... r+7 in the upper
           __m256i in[4], mid[4];
-          for (int i = 0; i < 4; ++i) in[i] = four_words(row[i], row[i + 4], w, available);
+          for (int i = 0; i < 4; ++i) in[i] = four_words(row[i], row[i + 4], w, count);
           for (int i = 0; i < 2; ++i) {
             mid[2 * i] = _mm256_unpacklo_epi32(in[i], in[i + 2]);
             mid[2 * i + 1] = _mm256_unpackhi_epi32(in[i], in[i + 2]);
@@ -174,15 +179,16 @@ struct Avx2Signs : Conversions {
 
   // 8*R rows and T tokens from row r on; R*T sums stay in registers over the whole chunk
   template <int R, int T>
-  static void block(const Tile& tile, int64_t r, int64_t words, const float* tables, int64_t token_stride,
-                    float* sums) {
+  static void block(const Tile& tile, int64_t offset, int64_t r, int64_t words, const float* tables,
+                    int64_t token_stride, Ahead& ahead, float* sums) {
     __m256 acc[R][T];
     for (int i = 0; i < R; ++i) {
       for (int t = 0; t < T; ++t) acc[i][t] = _mm256_setzero_ps();
     }
     for (int64_t w = 0; w < words; ++w, tables += kTableFloats) {
+      ahead.lines(kRows / 16);
       __m256i index[R];
-      for (int i = 0; i < R; ++i) index[i] = load256(&tile.words[w][r + 8 * i]);
+      for (int i = 0; i < R; ++i) index[i] = load256(&tile.words[offset + w][r + 8 * i]);
       for (int pair = 0; pair < kTables / 2; ++pair) {
         __m256i next[R];
         for (int i = 0; i < R; ++i) next[i] = _mm256_srli_epi32(index[i], 3);
@@ -210,17 +216,17 @@ struct Avx2Signs : Conversions {
     }
   }
 
-  static void lookup(const Tile& tile, int64_t rows, int64_t words, const float* tables, int64_t token_stride,
-                     int64_t tokens, float* sums) {
+  static void lookup(const Tile& tile, int64_t offset, int64_t rows, int64_t words, const float* tables,
+                     int64_t token_stride, int64_t tokens, Ahead& ahead, float* sums) {
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) {
       for (int64_t r = 0; r < rows; r += 16) {
-        block<2, 4>(tile, r, words, tables + t * token_stride, token_stride, sums + t * kRows);
+        block<2, 4>(tile, offset, r, words, tables + t * token_stride, token_stride, ahead, sums + t * kRows);
       }
     }
     for (; t < tokens; ++t) {
       for (int64_t r = 0; r < rows; r += 32) {
-        block<4, 1>(tile, r, words, tables + t * token_stride, token_stride, sums + t * kRows);
+        block<4, 1>(tile, offset, r, words, tables + t * token_stride, token_stride, ahead, sums + t * kRows);
       }
     }
   }
@@ -229,7 +235,7 @@ struct Avx2Signs : Conversions {
 // Four columns to a table of their sixteen subset sums, in unsigned bytes. Eight bits need two tables: q = 16*high +
 // low, low unsigned. Signed sums are raised by 4 * 2^(bits-1) (no subset sum of four is smaller than minus that).
 struct Avx2Counts : Conversions {
-  static constexpr int64_t kRowTile = 64, kRows = 128, kWords = 16;
+  static constexpr int64_t kRowTile = 64, kRows = 64, kWords = 32;
 
   static constexpr int64_t table_bytes(int64_t bits) { return 8 * 16 * (bits == 8 ? 2 : 1); }
   static constexpr int32_t raise(int64_t bits) { return 4 << ((bits == 8 ? 4 : bits == 1 ? 1 : bits) - 1); }
@@ -289,18 +295,17 @@ struct Avx2Counts : Conversions {
   struct Tile {
     alignas(32) uint8_t nibbles[kWords * 8][kRows];
 
-    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count, int64_t available) {
+    void load(const uint32_t* first, int64_t stride, int64_t rows, int64_t count) {
       const __m256i low = _mm256_set1_epi8(15);
       for (int64_t r = 0; r < (rows + 63) / 64 * 64; r += 32) {
         const uint32_t* row[32];
         row_pointers<32>(first, stride, r, rows, row);
-        for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(row[i] + 16), _MM_HINT_T0);
         for (int64_t w = 0; w < count; w += 4) {
           // each lane is a 16 x 16 transpose of bytes: rows r ... r+15 in the lower, r+16 ... r+31 in the upper
           __m256i half[16], bytes[4];
           for (int i = 0; i < 4; ++i) {
             __m256i in[4];
-            for (int j = 0; j < 4; ++j) in[j] = four_words(row[i + 4 * j], row[i + 4 * j + 16], w, available);
+            for (int j = 0; j < 4; ++j) in[j] = four_words(row[i + 4 * j], row[i + 4 * j + 16], w, count);
             interleave(in, half + 4 * i);
           }
           for (int i = 0; i < 4; ++i) {
@@ -360,19 +365,21 @@ struct Avx2Counts : Conversions {
 
   // 64 rows from row r on, one token. kTables per nibble; kRun lookups fit a byte together.
   template <int kTables, int kRun>
-  static void block(const Tile& tile, int64_t r, int64_t words, const std::byte* tables, int32_t* counts) {
+  static void block(const Tile& tile, int64_t offset, int64_t r, int64_t words, const std::byte* tables, Ahead& ahead,
+                    int32_t* counts) {
     Accumulator low[2], high[2];
     for (int v = 0; v < 2; ++v) {
       low[v].clear();
       high[v].clear();
     }
     for (int64_t i = 0; i < words * 8; i += kRun) {
+      if (i % 8 == 0) ahead.lines(kRows / 16);
       __m256i low_bytes[2] = {}, high_bytes[2] = {};
       for (int j = 0; j < kRun; ++j) {
         const __m256i low_table = _mm256_broadcastsi128_si256(load128(tables + 16 * kTables * (i + j)));
         const __m256i high_table = _mm256_broadcastsi128_si256(load128(tables + 16 * kTables * (i + j + 1) - 16));
         for (int v = 0; v < 2; ++v) {
-          const __m256i index = load256(&tile.nibbles[i + j][r + 32 * v]);
+          const __m256i index = load256(&tile.nibbles[8 * offset + i + j][r + 32 * v]);
           low_bytes[v] = _mm256_add_epi8(low_bytes[v], _mm256_shuffle_epi8(low_table, index));
           if (kTables == 2) high_bytes[v] = _mm256_add_epi8(high_bytes[v], _mm256_shuffle_epi8(high_table, index));
         }
@@ -385,18 +392,18 @@ struct Avx2Counts : Conversions {
     for (int v = 0; v < 2; ++v) flush(low[v], high[v], counts + r + 32 * v);
   }
 
-  static void lookup(const Tile& tile, int64_t rows, int64_t words, int64_t bits, const std::byte* tables,
-                     int64_t token_stride, int64_t tokens, int32_t* counts) {
+  static void lookup(const Tile& tile, int64_t offset, int64_t rows, int64_t words, int64_t bits,
+                     const std::byte* tables, int64_t token_stride, int64_t tokens, Ahead& ahead, int32_t* counts) {
     // A table entry is at most 60 (eight and four bits) or 12: four or eight fit a byte. 16-bit sums: words * 8 * 60.
     static_assert(kWords * 8 * 60 < 1 << 15);
     for (int64_t t = 0; t < tokens; ++t, tables += token_stride, counts += kRows) {
       for (int64_t r = 0; r < rows; r += 64) {
         if (bits == 8) {
-          block<2, 4>(tile, r, words, tables, counts);
+          block<2, 4>(tile, offset, r, words, tables, ahead, counts);
         } else if (bits == 4) {
-          block<1, 4>(tile, r, words, tables, counts);
+          block<1, 4>(tile, offset, r, words, tables, ahead, counts);
         } else {
-          block<1, 8>(tile, r, words, tables, counts);
+          block<1, 8>(tile, offset, r, words, tables, ahead, counts);
         }
       }
     }

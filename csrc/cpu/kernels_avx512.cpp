@@ -1,4 +1,5 @@
-// The AVX-512 table: digits of activations times unpacked bits with VNNI, for any number of tokens.
+// The AVX-512 table: sums of columns looked up by the packed bits for floating point activations, digits times unpacked
+// bits with VNNI for integers.
 #include "dispatch.h"
 
 #if defined(__x86_64__)
@@ -17,6 +18,8 @@
     apply_to = function)
 #else
 #pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in gcc 12's own headers: its bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")
 #endif
 
@@ -26,32 +29,35 @@
 #include "digits.h"
 #include "digit_gemm.h"
 #include "avx512.h"
+#include "avx512_lookup.h"
 // clang-format on
 
 namespace bitinfer::cpu {
 namespace {
 
 struct Vnni : Avx512Digits {
+  static constexpr int64_t kPassColumns = 0;
   static constexpr bool tiled(int64_t) { return false; }
   static constexpr int64_t panel_tiles(const DigitRecord&) { return 1; }
-  static void tiles_of_columns(const int8_t*, int64_t, int64_t, std::byte*) {}
 
   struct Session {
     const DigitRecord& record;
+    const std::byte* prepared;
+    int64_t columns;
 
-    explicit Session(const DigitRecord& r) : record(r) {}
-    void count(const Panel& panel, int64_t segment, const std::byte* prepared, int32_t* counts) {
-      count_tile(panel, record, segment, prepared, counts);
+    Session(const DigitRecord& r, const std::byte* p) : record(r), prepared(p), columns(r.columns_in_use(p)) {}
+    void count(const Panel& panel, int64_t segment, int32_t* counts) {
+      count_tile(panel, record, columns, segment, prepared, counts);
     }
   };
 };
 
-constexpr Kernels kKernels = {
-    pack_signs<Vnni>,
-    pack_activations<Vnni>,
-    {16, digit_prepared_bytes<Vnni, SignGemm>, sign_digits<Vnni>, sign_digit_multiply<Vnni>},
-    {16, digit_prepared_bytes<Vnni, PopcountGemm>, popcount_digits<Vnni>, popcount_digit_multiply<Vnni>},
-    layer_norm<Vnni>};
+constexpr Kernels kKernels = {pack_signs<Vnni>,
+                              pack_activations<Vnni>,
+                              sign_gemm_kernel<Avx512Signs>(),
+                              {16, digit_pass<Vnni, PopcountGemm>, digit_prepared_bytes<Vnni, PopcountGemm>,
+                               popcount_digits<Vnni>, popcount_digit_multiply<Vnni>},
+                              layer_norm<Vnni>};
 
 }  // namespace
 }  // namespace bitinfer::cpu

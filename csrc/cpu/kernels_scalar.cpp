@@ -52,7 +52,7 @@ struct RowTile {
   const uint32_t* first;
   int64_t stride;
 
-  void load(const uint32_t* words, int64_t row_stride, int64_t, int64_t, int64_t) {
+  void load(const uint32_t* words, int64_t row_stride, int64_t, int64_t) {
     first = words;
     stride = row_stride;
   }
@@ -95,11 +95,11 @@ struct ScalarSigns : Conversions, RowTile {
     }
   }
 
-  static void lookup(const Tile& tile, int64_t rows, int64_t words, const float* tables, int64_t token_stride,
-                     int64_t tokens, float* sums) {
+  static void lookup(const Tile& tile, int64_t offset, int64_t rows, int64_t words, const float* tables,
+                     int64_t token_stride, int64_t tokens, Ahead&, float* sums) {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t r = 0; r < rows; ++r) {
-        const uint32_t* row = tile.first + r * tile.stride;
+        const uint32_t* row = tile.first + r * tile.stride + offset;
         const float* table = tables + t * token_stride;
         float sum0 = 0, sum1 = 0;
         for (int64_t w = 0; w < words; ++w, table += kTableFloats) {
@@ -139,11 +139,11 @@ struct ScalarCounts : Conversions, RowTile {
     }
   }
 
-  static void lookup(const Tile& tile, int64_t rows, int64_t words, int64_t, const std::byte* tables,
-                     int64_t token_stride, int64_t tokens, int32_t* counts) {
+  static void lookup(const Tile& tile, int64_t offset, int64_t rows, int64_t words, int64_t, const std::byte* tables,
+                     int64_t token_stride, int64_t tokens, Ahead&, int32_t* counts) {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t r = 0; r < rows; ++r) {
-        const uint32_t* row = tile.first + r * tile.stride;
+        const uint32_t* row = tile.first + r * tile.stride + offset;
         const auto* table = reinterpret_cast<const int16_t*>(tables + t * token_stride);
         int32_t even = 0, odd = 0;  // two chains of additions run side by side
         for (int64_t w = 0; w < words; ++w, table += 8 * 16) {

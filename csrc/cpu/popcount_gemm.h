@@ -41,6 +41,11 @@ size_t count_prepared_bytes(const PopcountGemm& p) {
 }
 
 template <class Isa>
+int64_t count_pass(const PopcountGemm& p) {
+  return pass_in_cache(static_cast<size_t>(CountRecord<Isa>(p).stride));
+}
+
+template <class Isa>
 void count_prepare(const PopcountGemm& p, std::byte* prepared, int64_t token_begin, int64_t token_end) {
   const CountRecord<Isa> record(p);
   const int64_t words = record.words, padded = words * kWordBits;
@@ -87,6 +92,7 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
   Buffer<float> staging(w.scale || w.group_shift ? plane_floats : 0), bias(kRows);
   Buffer<int32_t> count(p.m * kRows);
   typename Isa::Tile tile;
+  Ahead ahead(nullptr);
   for (int64_t n0 = row_begin; n0 < row_end; n0 += kRows) {
     const int64_t rows = row_end - n0 < kRows ? row_end - n0 : kRows;
     for (int64_t i = 0; i < p.m * kRows; ++i) a[i] = 0;
@@ -101,10 +107,16 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
       for (int64_t plane = 0; plane < w.planes; ++plane) {
         const uint32_t* signs = w.signs + (plane * w.n + n0) * words;
         for (int64_t i = 0; i < p.m * kRows; ++i) count[i] = 0;
-        for (int64_t w0 = begin; w0 < end; w0 += kWords) {
-          const int64_t chunk = end - w0 < kWords ? end - w0 : kWords;
-          tile.load(signs + w0, words, rows, chunk, words - w0);
-          Isa::lookup(tile, rows, chunk, p.bits, prepared + w0 * record.table_bytes, record.stride, p.m, count.data());
+        for (int64_t w0 = begin; w0 < end;) {
+          const int64_t offset = w0 % kWords, tile_begin = w0 - offset, tile_end = tile_begin + kWords;
+          const int64_t chunk = (end < tile_end ? end : tile_end) - w0;
+          if (offset == 0 || w.planes > 1) {  // planes of several segments take turns
+            tile.load(signs + tile_begin, words, rows, words - tile_begin < kWords ? words - tile_begin : kWords);
+            ahead = Ahead(signs + kRows * (words + tile_begin));
+          }
+          Isa::lookup(tile, offset, rows, chunk, p.bits, prepared + w0 * record.table_bytes, record.stride, p.m, ahead,
+                      count.data());
+          w0 += chunk;
         }
         const float* row_scale = w.scale ? scale.data() + plane * plane_floats + g * kRows : nullptr;
         for (int64_t t = 0; t < p.m; ++t) {
@@ -134,7 +146,7 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
 
 template <class Isa>
 constexpr Gemm<PopcountGemm> popcount_gemm_kernel() {
-  return {Isa::kRowTile, count_prepared_bytes<Isa>, count_prepare<Isa>, count_multiply<Isa>};
+  return {Isa::kRowTile, count_pass<Isa>, count_prepared_bytes<Isa>, count_prepare<Isa>, count_multiply<Isa>};
 }
 
 }  // namespace

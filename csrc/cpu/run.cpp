@@ -7,9 +7,7 @@
 namespace bitinfer::cpu {
 namespace {
 
-constexpr int64_t kGrain = 1 << 17;      // elementary steps (about 10 us) below which a thread is not worth waking
-constexpr int64_t kPassBytes = 1 << 20;  // prepared tokens should stay in a core's second-level cache
-constexpr int64_t kMinPass = 8, kMaxPass = 64;  // tokens; every pass reads the weight once
+constexpr int64_t kGrain = 1 << 17;  // elementary steps (about 10 us) below which a thread is not worth waking
 
 int64_t grain_for(int64_t steps_per_unit) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, steps_per_unit));
@@ -38,9 +36,7 @@ void run_gemm(const Gemm<Problem>& gemm, void (*layer_norm)(const LayerNorm&, in
               std::optional<double> norm_eps, ParallelFor parallel_for) {
   const int64_t n = problem.weight.n, k = problem.weight.k;
   if (problem.m == 0 || n == 0) return;
-  const auto one = static_cast<int64_t>(gemm.prepared_bytes(tokens(problem, 0, 1)));
-  const int64_t pass =
-      std::min(problem.m, std::clamp(kPassBytes / std::max<int64_t>(1, one) & ~int64_t{7}, kMinPass, kMaxPass));
+  const int64_t pass = std::min(problem.m, gemm.pass(problem));
   Buffer<std::byte> prepared(static_cast<int64_t>(gemm.prepared_bytes(tokens(problem, 0, pass))));
   Buffer<float> sums(norm_eps ? pass * n : 0);
   for (int64_t begin = 0; begin < problem.m; begin += pass) {

@@ -6,11 +6,12 @@
 // all of them for every token, and a row's product is then one lookup and one addition for each few weights, with the
 // packed bits as the index: no multiplication, and no unpacked weight anywhere.
 //
-//   row block (kRows)  x  chunk of columns (kWords words, within one group)  x  all tokens of the pass
+//   row block (kRows)  x  chunk of columns (kWords words, or the part of them in one group)  x  all tokens of the pass
 //
-// The chunk's words are copied to a tile that suits the lookups; sums of a chunk start at zero and are then added to
-// the group's, so float32 rounding errors grow with the chunk's length and not with k. Bound by instructions, not by
-// memory.
+// The words of a chunk are copied to a tile that suits the lookups. Meanwhile the next row block is asked for, a few
+// lines with each word, in the order of memory, which is what the processor's own prefetchers go along with. Sums of a
+// chunk start at zero and are then added to the group's, so float32 rounding errors grow with the chunk's length and
+// not with k. Bound by instructions, not by memory.
 //
 // Isa provides: kRows, kWords, kTableFloats (per word), build_tables, Tile with load(), lookup().
 namespace bitinfer::cpu {
@@ -31,6 +32,11 @@ struct SignRecord {
 template <class Isa>
 size_t sign_prepared_bytes(const SignGemm& p) {
   return static_cast<size_t>(p.m * SignRecord<Isa>(p.weight).stride) * sizeof(float);
+}
+
+template <class Isa>
+int64_t sign_pass(const SignGemm& p) {
+  return pass_in_cache(static_cast<size_t>(SignRecord<Isa>(p.weight).stride) * sizeof(float));
 }
 
 template <class Isa>
@@ -83,6 +89,7 @@ void sign_multiply(const SignGemm& p, const std::byte* prepared, int64_t row_beg
   const int64_t scale_floats = w.scale || w.group_shift ? groups * kRows : 0;
   Buffer<float> total(p.m * kRows), sums(p.m * kRows), scale(scale_floats), staging(scale_floats), bias(kRows);
   typename Isa::Tile tile;
+  Ahead ahead(nullptr);
   for (int64_t n0 = row_begin; n0 < row_end; n0 += kRows) {
     const int64_t rows = row_end - n0 < kRows ? row_end - n0 : kRows;
     for (int64_t i = 0; i < p.m * kRows; ++i) total[i] = 0;
@@ -97,10 +104,15 @@ void sign_multiply(const SignGemm& p, const std::byte* prepared, int64_t row_beg
         if (w.scale) {
           for (int64_t i = 0; i < p.m * kRows; ++i) sums[i] = 0;
         }
-        for (int64_t w0 = g * group_words; w0 < word_end; w0 += kWords) {
-          const int64_t count = word_end - w0 < kWords ? word_end - w0 : kWords;
-          tile.load(signs + w0, words, rows, count, words - w0);
-          Isa::lookup(tile, rows, count, tokens + w0 * Isa::kTableFloats, record.stride, p.m, target);
+        for (int64_t w0 = g * group_words; w0 < word_end;) {
+          const int64_t offset = w0 % kWords, tile_begin = w0 - offset, tile_end = tile_begin + kWords;
+          const int64_t count = (word_end < tile_end ? word_end : tile_end) - w0;
+          if (offset == 0) {
+            tile.load(signs + w0, words, rows, words - w0 < kWords ? words - w0 : kWords);
+            ahead = Ahead(signs + kRows * (words + tile_begin));
+          }
+          Isa::lookup(tile, offset, rows, count, tokens + w0 * Isa::kTableFloats, record.stride, p.m, ahead, target);
+          w0 += count;
         }
         if (w.scale) {
           for (int64_t t = 0; t < p.m; ++t) {
@@ -135,7 +147,7 @@ void sign_multiply(const SignGemm& p, const std::byte* prepared, int64_t row_beg
 
 template <class Isa>
 constexpr Gemm<SignGemm> sign_gemm_kernel() {
-  return {Isa::kRowTile, sign_prepared_bytes<Isa>, sign_prepare<Isa>, sign_multiply<Isa>};
+  return {Isa::kRowTile, sign_pass<Isa>, sign_prepared_bytes<Isa>, sign_prepare<Isa>, sign_multiply<Isa>};
 }
 
 }  // namespace

@@ -30,10 +30,10 @@ constexpr Layout kLayouts[] = {
     {"everything", 2, 64, true, true, true, true, true, 1e-5}, {"shifts", 3, 32, true, true, true, true, true, {}},
     {"odd groups", 1, 96, true, false, false, true, false, {}}};
 
-// m covers every block of tokens and two passes, n and k the edges of words, tiles and chunks
-constexpr Shape kShapes[] = {{1, 1, 1},     {2, 3, 31},    {3, 31, 32}, {4, 33, 33}, {5, 65, 127},
-                             {1, 128, 128}, {7, 129, 129}, {2, 9, 511}, {6, 5, 513}, {1, 260, 300},
-                             {9, 17, 1111}, {70, 20, 160}, {0, 4, 64},  {3, 0, 64}};
+// m covers every block of tokens and several passes, n and k the edges of words, tiles, chunks and panels
+constexpr Shape kShapes[] = {{1, 1, 1},     {2, 3, 31},  {3, 31, 32},   {4, 33, 33},   {5, 65, 127},  {1, 128, 128},
+                             {7, 129, 129}, {2, 9, 511}, {6, 5, 513},   {1, 260, 300}, {9, 17, 1111}, {70, 20, 160},
+                             {0, 4, 64},    {3, 0, 64},  {33, 290, 97}, {530, 3, 40},  {17, 40, 1300}};
 
 struct Problem {
   Shape shape;
@@ -288,6 +288,28 @@ void test_output_types(const Kernels& kernels) {
   }
 }
 
+// A value that towers over its token must not cost the others their precision, with any number of tokens beside it.
+void test_outliers(const Kernels& kernels) {
+  for (const int64_t m : {1, 3, 40}) {
+    Problem p({m, 33, 2048}, kLayouts[0]);
+    std::vector<uint16_t> brain(p.x.size());
+    for (size_t i = 0; i < brain.size(); ++i) {
+      brain[i] = float_to_bfloat16(i == 77 ? 1000 : p.x[i]);
+      p.x[i] = bfloat16_to_float(brain[i]);
+    }
+    SignGemm problem;
+    problem.x = {brain.data(), Dtype::kBFloat16};
+    problem.m = m;
+    problem.stride = 2048;
+    problem.weight = p.weight();
+    Guarded<float> y(m * 33);
+    problem.y = {y.data(), Dtype::kFloat32, 33};
+    sign_gemm(kernels, problem, {}, serial);
+    const std::vector<double> exact = exact_sign_gemm(p);
+    for (int64_t i = 0; i < y.size(); ++i) CHECK(std::fabs(y[i] - exact[i]) <= 0.02);
+  }
+}
+
 // What is not finite must show: in the outputs of that token, and as a NaN scale over zeros.
 void test_not_finite(const Kernels& kernels) {
   for (const float bad : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
@@ -371,6 +393,7 @@ int main() {
     }
     context = isa;
     test_output_types(kernels);
+    test_outliers(kernels);
     test_not_finite(kernels);
     test_ties(kernels);
   }
