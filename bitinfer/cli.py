@@ -16,7 +16,19 @@ from typer.core import TyperGroup
 
 from bitinfer.cli_bench import register as register_bench
 from bitinfer.cli_generate import register as register_generate
-from bitinfer.cli_options import ActBits, ActBlock, Bits, Block, DType, Dtype, Model, Threads, bits_of, load_model
+from bitinfer.cli_options import (
+    ActBits,
+    ActBlock,
+    Bits,
+    Block,
+    DType,
+    Dtype,
+    HeadBits,
+    Model,
+    Threads,
+    bits_of,
+    load_model,
+)
 from bitinfer.distill.cli import register as register_distill
 from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
 from bitinfer.tune import register as register_tune
@@ -196,6 +208,7 @@ def verify(
     tokens: Annotated[int, typer.Option(min=2, help="Compare at most this many positions.")] = 256,
     dtype: Annotated[DType, typer.Option(help="What the packed model computes in.")] = DType.float32,
     act_bits: Bits = None,
+    head_bits: HeadBits = None,
     as_json: Json = False,
 ) -> None:
     """Compare a packed model with its original, logit by logit.
@@ -219,6 +232,7 @@ def verify(
             tokens=tokens,
             dtype=getattr(torch, dtype.value),
             act_bits="config" if act_bits is None else bits_of(act_bits),
+            head_bits=head_bits,
             on_stage=stage,
         )
     _show(result.to_dict(), as_json, lambda: tables.verification(result))

@@ -31,3 +31,29 @@ def restore_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     scales = {name.removesuffix(ROW_SCALE): t for name, t in tensors.items() if name.endswith(ROW_SCALE)}
     kept = {name: t for name, t in tensors.items() if not name.endswith(ROW_SCALE)}
     return kept | {name: restore_rows(kept[name], scale) for name, scale in scales.items()}
+
+
+class RowsLinear:
+    """A linear layer whose rows are rounded to 8 bits: ``y = (codes x) * scale``, sums in float32.
+
+    Args:
+        weight: floating ``[V, K]``; it is rounded here, and not kept.
+
+    Raises:
+        ValueError: it is not on a CPU, or the compiled kernels are not there.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        from bitinfer.dispatch import BACKENDS
+
+        reason = BACKENDS["cpu"].unavailable()
+        if weight.device.type != "cpu" or reason is not None:
+            where = f"the model is on {weight.device.type}" if weight.device.type != "cpu" else reason
+            raise ValueError(f"a head in 8 bits is for CPUs with compiled kernels alone: {where}")
+        codes, scale = round_rows(weight.detach())
+        self.codes, self.scale = codes.contiguous(), scale.flatten()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``[..., V]`` in the dtype of ``x [..., K]``."""
+        y: Tensor = torch.ops.bitinfer_native.rows_linear(x, self.codes, self.scale)
+        return y

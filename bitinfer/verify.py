@@ -20,7 +20,7 @@ from bitinfer.checkpoint import Checkpoint
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, Format
 from bitinfer.info import packed_quantization
-from bitinfer.int8_rows import restore_all
+from bitinfer.int8_rows import restore_all, restore_rows, round_rows
 from bitinfer.nn import BinaryLinear
 
 WINDOW = 512  # tokens to a forward pass
@@ -86,6 +86,7 @@ def verify(
     tokens: int = 256,
     dtype: torch.dtype = torch.float32,
     act_bits: int | str | None = "config",
+    head_bits: int | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Verification:
     """Run the original and the packed model over the same tokens and compare their logits.
@@ -101,6 +102,7 @@ def verify(
         tokens: compare at most this many positions.
         dtype: what the packed model computes in.
         act_bits: as of :func:`bitinfer.load`; quantised activations are an approximation and only reported.
+        head_bits: as of :func:`bitinfer.fuse`: 8 rounds the rows of the head, which is an approximation too.
         on_stage: called with a word on what is happening now.
 
     Raises:
@@ -129,6 +131,10 @@ def verify(
     bits = quantization.get("act_bits") if act_bits == "config" else act_bits
     if bits is not None:
         notes.append(f"activations are quantised to {bits} bits, which is an approximation: none of this is required")
+    if head_bits not in (None, 8):
+        raise ValueError(f"verify: head_bits must be None or 8, got {head_bits!r}")
+    if head_bits is not None:
+        notes.append("the head is rounded to 8 bits, which is an approximation: none of this is required")
     zeros = sum((quantization.get("zeros") or {}).values())
     if zeros:
         notes.append(f"{zeros} weights are exactly zero in the source and +1 in the packed model")
@@ -145,7 +151,7 @@ def verify(
         wanted = torch.from_numpy(stored)
         half = _coarsest(src, dst, dtype)
         tolerance: float | None = None
-        if lossless and bits is None:
+        if lossless and bits is None and head_bits is None:
             tolerance = FP32_TOLERANCE
             if half != torch.float32:
                 stage(f"running the original in {_name(half)}, whose own error is the yardstick")
@@ -155,6 +161,10 @@ def verify(
         gc.collect()
         stage("running the packed model")
         packed = _load_packed(dst, dtype, act_bits)
+        if head_bits is not None:
+            head = packed.get_output_embeddings()
+            rounded_head = restore_rows(*round_rows(head.weight.detach())).to(dtype)
+            head.weight = nn.Parameter(rounded_head, requires_grad=False)  # the embedding, if tied, stays as it is
         measures = _compare(wanted, _logits(packed, ids), ids)
     passed = None if tolerance is None else bool(measures["relative_error"] <= tolerance)
     return Verification(

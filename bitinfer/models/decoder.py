@@ -1,10 +1,13 @@
 """A model for decoding: embeddings, layers over a cache, head; prefill in chunks and steps of one token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitinfer.int8_rows import RowsLinear
+from bitinfer.models import cuda_layer
 from bitinfer.models.cache import KVCache, Span, round_capacity
 from bitinfer.models.layers import GATED, PROJECTIONS, DecoderLayer
 
@@ -45,13 +48,19 @@ class Decoder:
 
     Args:
         model: a transformers model that :func:`obstacle` has nothing against. Its modules are used, not copied.
+        head_bits: 8 rounds the rows of the head to 8 bits, as they are now; None takes it as it is.
+
+    Raises:
+        ValueError: ``head_bits`` is neither, or not possible for this model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head_bits: int | None = None) -> None:
         config = model.config
         self.embed: nn.Module = model.model.embed_tokens
         self.norm: nn.Module = model.model.norm
-        self.head: nn.Module = model.lm_head
+        self.head: Callable[[Tensor], Tensor] = (
+            model.lm_head if head_bits is None else _rounded(model.lm_head, head_bits)
+        )
         self.rope: nn.Module = model.model.rotary_emb
         self.layers = [DecoderLayer(layer) for layer in model.model.layers]
         self.kv_heads = int(config.num_key_value_heads)
@@ -111,6 +120,10 @@ class Decoder:
     @torch.no_grad()
     def step_anywhere(self, tokens: Tensor, slot: Tensor, padding: Tensor | None) -> Tensor:
         """Do what :meth:`step` does with a slot that the device alone knows, int64 ``[1]``: for a graph."""
+        assert self.cache is not None
+        if cuda_layer.takes(self.layers, self.norm, self.cache):
+            step = cuda_layer.Step(slot, padding, self.cos, self.sin)
+            return self.head(cuda_layer.run(self.layers, self.norm, self.embed(tokens), self.cache, step))
         return self._logits(self._run(tokens.unsqueeze(1), self._span_anywhere(slot, padding)))
 
     def _run(self, ids: Tensor, span: Span) -> Tensor:
@@ -121,8 +134,7 @@ class Decoder:
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(hidden[:, -1]))
-        return logits
+        return self.head(self.norm(hidden[:, -1]))
 
     def _span(self, start: int, count: int, padding: Tensor | None) -> Span:
         slots = torch.arange(start, start + count, device=self.device)
@@ -157,3 +169,13 @@ class Decoder:
     def _rotary(self, slots: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         positions = slots.unsqueeze(0) if padding is None else (slots - padding.unsqueeze(1)).clamp_min(0)
         return self.cos[positions], self.sin[positions]
+
+
+def _rounded(head: nn.Module, bits: int) -> Callable[[Tensor], Tensor]:
+    if bits != 8:
+        raise ValueError(f"head_bits must be None or 8, got {bits!r}")
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"head_bits=8 needs a head that is a plain nn.Linear without a bias, got {type(head).__name__}"
+        )
+    return RowsLinear(head.weight)

@@ -46,7 +46,7 @@ class FusedGeneration:
         return ids
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, head_bits: int | None = None) -> Model:
     """Have ``model.generate`` decode through bitinfer's own loop, and return the model.
 
     The loop holds keys and values in memory that is allocated once, reads the packed weights where they are, and on a
@@ -57,17 +57,20 @@ def fuse(model: Model) -> Model:
 
     Args:
         model: a causal model of transformers of the LLaMA or Qwen3 kind with packed layers, on one device.
+        head_bits: 8 multiplies by a copy of the head whose rows are rounded to 8 bits, which in a small model is most
+            of what a token reads; an approximation, which ``bitinfer verify --head-bits 8`` measures. On CPUs alone.
 
     Raises:
         ValueError: it is of another kind, or has no packed layer; the message says what is in the way.
     """
     if isinstance(model, FusedGeneration):
-        return model
+        unfuse(model)
     reason = obstacle(model)
     if reason is None and not any(isinstance(m, BinaryLinear) for m in model.modules()):
         reason = "it has no packed layer: convert it, or bitinfer.replace_linear(model) first"
     if reason is not None:
         raise ValueError(f"fuse: this model cannot be fused: {reason}")
+    _decoders[model] = Decoder(model, head_bits)
     kind = type(model)
     model.__class__ = type(kind.__name__, (FusedGeneration, kind), {"__module__": kind.__module__})
     return model

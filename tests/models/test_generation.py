@@ -158,7 +158,7 @@ def test_what_is_not_known_goes_to_transformers(monkeypatch):
     expected = model.generate(**inputs, **options, num_beams=2, do_sample=False)
     scores = model.generate(**inputs, **options, do_sample=False, return_dict_in_generate=True, output_scores=True)
     fuse(model)
-    monkeypatch.setattr(loop, "Decoder", None)  # no call may come to it
+    monkeypatch.setattr(loop, "_Call", None)  # nothing may come to it
     assert torch.equal(model.generate(**inputs, **options, num_beams=2, do_sample=False), expected)
     again = model.generate(**inputs, **options, do_sample=False, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(again.sequences, scores.sequences) and len(again.scores) == 6

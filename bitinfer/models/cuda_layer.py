@@ -1,0 +1,259 @@
+"""A decoder layer for one token of each sequence on an NVIDIA GPU: eight or nine kernels, and nothing for the host.
+
+Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` do: the sum
+with the residual, the norm and the packing of q, k and v; these in one product; rotary embedding, cache and attention;
+packing and product of the output; the same again for gate and up; SiLU, packing and product of down. The sum behind
+down is left to the next layer, and the last one to the final norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitinfer.backends.base import Problem
+from bitinfer.dispatch import select
+from bitinfer.models.cache import KVCache
+from bitinfer.models.layers import DecoderLayer
+from bitinfer.nn import BinaryLinear
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 8  # csrc/cuda/decode_attention.h: query heads that share a key
+MAX_HIDDEN = 8192  # csrc/cuda/decoder_rows.h: columns of a norm
+ALIGNED = 8  # columns that a thread loads at a time
+
+
+@dataclass
+class Step:
+    """What a step of one token knows of its place, all of it on the device.
+
+    Attributes:
+        slot: int64 ``[1]``, where the tokens go in the cache.
+        padding: int64 ``[B]``, slots ahead of the first token of each sequence; None for none.
+        cos, sin: ``[capacity, head_dim]``, the rotary embedding by position.
+    """
+
+    slot: Tensor
+    padding: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
+class CudaLayer:
+    """What a :class:`DecoderLayer` does to one token a sequence, by the kernels of this project.
+
+    Args:
+        layer: one that :func:`takes` accepts; its parameters are read where they are.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.layer: Any = layer
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, keys: Tensor, values: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Return two ``[B, D]`` whose sum is the layer's output for ``x + residual``, and write its keys and values.
+
+        Nothing still under way on the stream may write the fields of ``step``, or the cache below its slot, when this
+        is called: in a step, the embedding of its tokens stands between.
+
+        Args:
+            x: ``[B, D]``.
+            residual: ``[B, D]``, or None for zeros.
+            keys, values: ``[B, kv_heads, capacity, head_dim]`` of this layer.
+            step: where the tokens are.
+        """
+        layer = self.layer
+        (q, k, v), hidden = _normed(x, residual, layer.input_norm, (layer.q, layer.k, layer.v))
+        attended = torch.ops.bitinfer_native.decode_attention(
+            q,
+            k,
+            v,
+            keys,
+            values,
+            step.cos,
+            step.sin,
+            step.slot,
+            step.padding,
+            *(None if norm is None else norm.weight for norm in (layer.q_norm, layer.k_norm)),
+            *(0.0 if norm is None else norm.variance_epsilon for norm in (layer.q_norm, layer.k_norm)),
+            layer.scaling,
+            True,
+        )
+        out = _project(attended, layer.o)
+        (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
+        return _project_gated(gate, up, layer.down), hidden
+
+
+def takes(layers: Sequence[DecoderLayer], norm: Any, cache: KVCache) -> bool:
+    """Return whether :func:`run` can do what these layers and the norm behind them do over a cache."""
+    keys = cache.keys
+    if keys.device.type != "cuda" or keys.dtype not in DTYPES or keys.shape[-1] not in HEAD_DIMS:
+        return False
+    # asks the device, and what is forced
+    problem = Problem("popcount_gemm", "cuda", keys.dtype, 8, cache.batch, ALIGNED, 128)
+    if select(problem).name != "cuda" or not hasattr(torch.ops.bitinfer_native, "decode_attention"):
+        return False
+    return _is_norm(norm, keys.dtype) and all(_takes(layer, cache) for layer in layers)
+
+
+def run(layers: Sequence[DecoderLayer], norm: Any, embedded: Tensor, cache: KVCache, step: Step) -> Tensor:
+    """Run one token of each sequence through all layers and the norm behind them.
+
+    Args:
+        layers, norm: of a model that :func:`takes` accepts.
+        embedded: ``[B, D]``.
+        cache: which holds what came before, and gets what comes.
+        step: where the tokens are.
+
+    Returns:
+        ``[B, D]``, which the head multiplies.
+    """
+    x, residual = embedded, None
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        x, residual = CudaLayer(layer)(x, residual, keys, values, step)
+    normed: Tensor = torch.ops.bitinfer_native.rms_norm(x, residual, norm.weight, norm.variance_epsilon)[0]
+    return normed
+
+
+def _takes(layer: Any, cache: KVCache) -> bool:
+    dtype, kv_heads, head_dim = cache.keys.dtype, cache.keys.shape[2], cache.keys.shape[4]
+    groups = ((layer.q, layer.k, layer.v), (layer.o,), (layer.gate, layer.up), (layer.down,))
+    if not all(_alike(group) for group in groups):
+        return False
+    norms = (layer.input_norm, layer.post_norm, *(n for n in (layer.q_norm, layer.k_norm) if n is not None))
+    if not all(_is_norm(norm, dtype) for norm in norms):
+        return False
+    hidden, inner = layer.q.in_features, layer.down.in_features
+    if hidden % ALIGNED or hidden > MAX_HIDDEN or inner % ALIGNED:
+        return False
+    heads = int(layer.q.out_features) // head_dim
+    return heads % kv_heads == 0 and heads // kv_heads <= MAX_GROUP
+
+
+def _alike(projections: tuple[Any, ...]) -> bool:
+    """Return whether projections are packed, and go in one launch."""
+    if not all(isinstance(p, BinaryLinear) for p in projections):
+        return False
+    return len({(p.in_features, p.act_bits, p.act_block, p.group_size, p.norm_eps) for p in projections}) == 1
+
+
+def _is_norm(norm: Any, dtype: torch.dtype) -> bool:
+    weight = getattr(norm, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype == dtype and hasattr(norm, "variance_epsilon")
+
+
+def _normed(
+    x: Tensor, residual: Tensor | None, norm: Any, projections: tuple[BinaryLinear, ...]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the projections of ``norm(x + residual)``, and ``x + residual``."""
+    native, first = torch.ops.bitinfer_native, projections[0]
+    weights = [p.weight for p in projections]
+    scales = [p.weight_scale for p in projections]
+    shifts = [p.group_shift for p in projections]
+    biases = [p.bias for p in projections]
+    if first.act_bits is None:
+        normed, hidden = native.rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+        in_scales, in_shifts = [p.in_scale for p in projections], [p.in_shift for p in projections]
+        outputs = native.sign_gemm_several(
+            normed,
+            weights,
+            first.in_features,
+            scales,
+            in_scales,
+            in_shifts,
+            shifts,
+            biases,
+            first.group_size,
+            first.norm_eps,
+        )
+    else:
+        # those that scale columns alike, or not at all, share what is packed
+        packs = {(id(p.in_scale), id(p.in_shift)): (p.in_scale, p.in_shift) for p in projections}
+        places = [list(packs).index((id(p.in_scale), id(p.in_shift))) for p in projections]
+        planes, scale, total, shift, hidden = native.rms_norm_packs(
+            x,
+            residual,
+            norm.weight,
+            norm.variance_epsilon,
+            [in_scale for in_scale, _ in packs.values()],
+            [in_shift for _, in_shift in packs.values()],
+            first.act_bits,
+            first.act_block,
+            first.group_size,
+        )
+        outputs = native.popcount_gemm_several(
+            [planes[i] for i in places],
+            [scale[i] for i in places],
+            [total[i] for i in places],
+            [None if p.in_shift is None else shift[i] for p, i in zip(projections, places, strict=True)],
+            weights,
+            first.in_features,
+            scales,
+            shifts,
+            biases,
+            first.group_size,
+            first.act_block,
+            first.norm_eps,
+            x.dtype,
+        )
+    return outputs, x if residual is None else hidden
+
+
+def _project(x: Tensor, projection: BinaryLinear) -> Tensor:
+    if projection.act_bits is None:
+        return _multiply(x, projection)
+    packed = torch.ops.bitinfer_native.pack_activations_settled(x, *_packing(projection))
+    return _multiply_packed(packed, projection, x.dtype)
+
+
+def _project_gated(gate: Tensor, up: Tensor, projection: BinaryLinear) -> Tensor:
+    """Return the projection of ``silu(gate) * up``."""
+    native = torch.ops.bitinfer_native
+    if projection.act_bits is None:
+        return _multiply(native.silu_mul(gate, up), projection)
+    packed = native.silu_mul_pack_activations_settled(gate, up, *_packing(projection))
+    return _multiply_packed(packed, projection, gate.dtype)
+
+
+def _packing(p: BinaryLinear) -> tuple[Any, ...]:
+    return p.in_scale, p.in_shift, p.act_bits, p.act_block, p.group_size
+
+
+def _multiply(x: Tensor, p: BinaryLinear) -> Tensor:
+    y: Tensor = torch.ops.bitinfer_native.sign_gemm_settled(
+        x,
+        p.weight,
+        p.in_features,
+        p.weight_scale,
+        p.in_scale,
+        p.in_shift,
+        p.group_shift,
+        p.bias,
+        p.group_size,
+        p.norm_eps,
+    )
+    return y
+
+
+def _multiply_packed(packed: tuple[Tensor, ...], p: BinaryLinear, dtype: torch.dtype) -> Tensor:
+    planes, scale, total, shift = packed
+    y: Tensor = torch.ops.bitinfer_native.popcount_gemm_settled(
+        planes,
+        scale,
+        total,
+        None if p.in_shift is None else shift,
+        p.weight,
+        p.in_features,
+        p.weight_scale,
+        p.group_shift,
+        p.bias,
+        p.group_size,
+        p.act_block,
+        p.norm_eps,
+        dtype,
+    )
+    return y
