@@ -64,6 +64,7 @@ def main() -> None:
     out.rule("2. it writes")
     begun = time.perf_counter()
     model, tokenizer = bitinfer.load()
+    bitinfer.fuse(model)
     loaded = time.perf_counter() - begun
     waited = 0.0
     for number, prompt in enumerate(PROMPTS):
