@@ -166,3 +166,31 @@ def test_the_machine_is_described():
     assert 1e8 < machine.read_bandwidth() < 1e13
     described = machine.describe()
     assert described["device_name"] and described["bitinfer"] and described["isa"] in (None, machine.active_isa())
+
+
+@pytest.mark.parametrize("kind", ["Q1_0", "TQ2_0"])
+def test_the_file_that_llama_cpp_reads(kind, monkeypatch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from bitinfer.bench import llama_cpp
+    from bitinfer.testing import checkpoints
+
+    monkeypatch.setitem(checkpoints.SHAPES, "tiny", (256, 512, 2, 4))
+    llama_cpp.write_model(tmp_path / "tiny.gguf", "tiny", kind)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert len(tensors) == 3 + 2 * 9
+    down = tensors["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == kind and down.shape.tolist() == [512, 256]
+    block, size = llama_cpp.TYPES[kind]
+    assert down.n_bytes == 256 * 512 // block * size
+    assert tensors["output.weight"].tensor_type.name == "F16"
+
+
+def test_a_machine_without_llama_cpp_says_so(monkeypatch):
+    from bitinfer.bench import bench_model, llama_cpp
+    from bitinfer.testing import checkpoints
+
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    monkeypatch.setitem(checkpoints.SHAPES, "tiny", (64, 176, 1, 4))
+    report = bench_model("tiny", batches=(1,), prompts=(), context=4, new_tokens=2, act_bits=(8,))
+    assert report.notes == ["llama.cpp is not measured: llama-cpp-python is not installed"]
+    assert {row.model for row in report.measurements} == {"packed", "dense"}

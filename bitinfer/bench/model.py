@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitinfer.bench import llama_cpp
 from bitinfer.bench.machine import describe, describe_gpu
 from bitinfer.models import fuse, unfuse
 from bitinfer.nn import BinaryLinear
@@ -28,9 +29,9 @@ class ModelMeasurement:
     """One way to run one model.
 
     Attributes:
-        model: the weights: ``packed`` or ``dense``.
+        model: the weights: ``packed``, ``dense``, or ``llama.cpp`` with its type.
         loop: what decodes: ``fused`` is ours, ``transformers`` its own, ``transformers compiled`` that with a static
-            cache and ``torch.compile``.
+            cache and ``torch.compile``, ``llama.cpp`` its own.
         activations: ``fp16``, ``bf16``, ``fp32`` or ``int8``, ``int4``, ``int2``, ``int1``.
         batch, context: sequences, and tokens of each prompt.
         decode_tokens_per_second: of all sequences together, after the first token; None where only prompts were run.
@@ -78,6 +79,7 @@ def bench_model(
     new_tokens: int = NEW_TOKENS,
     dense: bool = True,
     compiled: bool = False,
+    peers: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ModelReport:
@@ -96,6 +98,7 @@ def bench_model(
         new_tokens: written by each sequence.
         dense: whether to run the dense model too.
         compiled: whether to run it with a static cache and ``torch.compile`` as well; that takes minutes.
+        peers: whether to run llama.cpp, where it is installed, on a CPU and for a shape.
         threads: of torch and the kernels.
         progress: called with (done, total, what is next).
 
@@ -125,7 +128,27 @@ def bench_model(
             report.measurements += found
         del model
         gc.collect()
+    if device == "cpu" and what in SHAPES and peers:
+        _add_llama_cpp(report, what, plan, new_tokens, progress)
     return report
+
+
+def _add_llama_cpp(
+    report: ModelReport, shape: str, plan: list[tuple[int, int, bool]], new_tokens: int, progress: Progress | None
+) -> None:
+    reason = llama_cpp.missing()
+    if reason is not None:
+        report.notes.append(reason)
+        return
+    for done, kind in enumerate(llama_cpp.TYPES):
+        if progress is not None:
+            progress(done, len(llama_cpp.TYPES), f"llama.cpp, {kind}")
+        try:
+            for (batch, length, _), speeds, size in llama_cpp.measure(shape, kind, plan, new_tokens):
+                about = (f"llama.cpp {kind}", "llama.cpp", "int8", batch, length)
+                report.measurements.append(ModelMeasurement(*about, *speeds, None, size))
+        except RuntimeError as error:
+            report.notes.append(f"{kind}: {error}")
 
 
 @dataclass
