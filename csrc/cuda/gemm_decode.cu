@@ -17,6 +17,9 @@
 // the same. What is left is latency: from the end of that kernel to ours about 0.5 us until the wait ends, 0.35 us for
 // the planes from L2, then products and epilogue, whose dependent instructions are therefore kept few.
 //
+// Several products of tokens of one number and width (q, k and v; gate and up) go in one launch, each with planes,
+// scales and blocks of its own: together they fill the multiprocessors as one matrix would.
+//
 // gemm_decode_grouped.cu has the rest: group scales, activation blocks, several planes of weights.
 #include <algorithm>
 
@@ -37,7 +40,7 @@ constexpr int max_rounds(int column_groups) { return column_groups == 1 ? 3 : co
 // Tiles that a warp multiplies at a time, to have independent work.
 constexpr int batch_of(int column_groups) { return column_groups == 1 ? 2 : 1; }
 
-struct Arguments {
+struct Product {
   const uint32_t* signs;
   const uint32_t* planes;
   const float* act_scale;
@@ -46,10 +49,14 @@ struct Arguments {
   Floats scale, group_shift, bias;
   Output y;
   int64_t n;
-  int words, m, tile_warps;
   int tiles, larger_blocks;  // of a block; so many blocks, the first, have one more
-  int pitch;                 // bytes from one row of weights to the next in shared memory
-  int rows_all;              // that a block has room for
+};
+
+// What all products of a launch have in common.
+struct Shape {
+  int words, m, tile_warps;
+  int pitch;     // bytes from one row of weights to the next in shared memory
+  int rows_all;  // that a block has room for
 };
 
 // What the epilogue needs of a token.
@@ -60,9 +67,12 @@ struct Token {
 };
 
 // kBits: of an activation, or 24 for fixed point. kRounds: chunks of a k_warp whose planes it holds at a time.
-template <int kBits, int kGroups, int kRounds>
+template <int kBits, int kGroups, int kRounds, class Work>
 __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6 ? 2 : 1)
-    decode_kernel(const Arguments a) {
+    decode_kernel(const __grid_constant__ Work work) {
+  int block = blockIdx.x;
+  const Product& a = work.product(block);
+  const Shape& shape = work.shape;
   constexpr bool kFixed = kBits == kFixedPointBits, kOnes = kBits == 1;
   constexpr int kBatch = batch_of(kGroups);
   using Sum = decltype(Token<kFixed>::q_sum);
@@ -70,15 +80,15 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
   __shared__ Token<kFixed> of_tokens[8];
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int k_warp = warp % kKWarps, tile_warp = warp / kKWarps, words = a.words, m = a.m, columns = m * kBits;
+  const int k_warp = warp % kKWarps, tile_warp = warp / kKWarps, words = shape.words, m = shape.m, columns = m * kBits;
   const int results = result_count(m, kBits), last_chunk = (words - 1) / kChunkWords;
-  const int first_tile = blockIdx.x * a.tiles + min(static_cast<int>(blockIdx.x), a.larger_blocks);
-  const int tiles = a.tiles + (static_cast<int>(blockIdx.x) < a.larger_blocks), rows = tiles * kTileRows;
+  const int first_tile = block * a.tiles + min(block, a.larger_blocks);
+  const int tiles = a.tiles + (block < a.larger_blocks), rows = tiles * kTileRows;
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
-  const int* slots = reinterpret_cast<const int*>(shared + a.rows_all * a.pitch);
+  const int* slots = reinterpret_cast<const int*>(shared + shape.rows_all * shape.pitch);
   const int slot_stride = results * rows;
   allow_next_kernel();
-  copy_rows(base, a.pitch, a.signs, row0, rows, a.n, words);
+  copy_rows(base, shape.pitch, a.signs, row0, rows, a.n, words);
 
   // ---- all that does not depend on the kernel before us
   struct Place {
@@ -118,7 +128,7 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
     if (kOnes && 8 * j + g == columns && word < words) v = make_uint4(~0u, ~0u, ~0u, ~0u);
     return v;
   };
-  const uint32_t at_lane = base + g * a.pitch + 16 * t;
+  const uint32_t at_lane = base + g * shape.pitch + 16 * t;
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
@@ -137,7 +147,7 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
                 a.act_shift == nullptr ? 0.0f : __ldcg(a.act_shift + threadIdx.x)};
   }
   for (int chunk0 = k_warp;;) {
-    for (int tile0 = tile_warp; tile0 < tiles; tile0 += kBatch * a.tile_warps) {
+    for (int tile0 = tile_warp; tile0 < tiles; tile0 += kBatch * shape.tile_warps) {
       int c[kBatch][kGroups][4] = {};
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
@@ -146,9 +156,9 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
         uint4 upper[kBatch], lower[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          const uint32_t at = at_chunk + min(tile0 + b * a.tile_warps, tiles - 1) * (kTileRows * a.pitch);
+          const uint32_t at = at_chunk + min(tile0 + b * shape.tile_warps, tiles - 1) * (kTileRows * shape.pitch);
           upper[b] = load_shared(at);
-          lower[b] = load_shared(at + 8 * a.pitch);
+          lower[b] = load_shared(at + 8 * shape.pitch);
         }
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
@@ -164,7 +174,7 @@ __global__ void __launch_bounds__(max_warps(kGroups, kRounds) * 32, kGroups <= 6
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int tile = tile0 + b * a.tile_warps;
+        const int tile = tile0 + b * shape.tile_warps;
         if (tile >= tiles) break;
         int* slot = const_cast<int*>(slots) + k_warp * slot_stride + tile * kTileRows;
         combine_groups<kBits, kGroups>(c[b], g, t, [&](int result, int row, int value) {
@@ -271,60 +281,49 @@ DecodePlan plan_for(const Weight& w, const uint32_t* planes, int64_t m, int64_t 
   return plan;
 }
 
-template <int kBits, int kGroups>
-cudaError_t run_groups(const Arguments& a, const DecodePlan& plan, const Launch& on) {
+template <int kBits, int kGroups, class Work>
+cudaError_t run_groups(const Work& work, const DecodePlan& plan, const Launch& on) {
   const dim3 grid(plan.blocks), block(32 * kKWarps * plan.tile_warps);
-  const auto go = [&](auto kernel) { return launch(kernel, on, grid, block, plan.shared_bytes, true, a); };
+  const auto go = [&](auto kernel) { return launch(kernel, on, grid, block, plan.shared_bytes, true, work); };
   if constexpr (max_rounds(kGroups) >= 3) {
-    if (plan.rounds == 3) return go(decode_kernel<kBits, kGroups, 3>);
+    if (plan.rounds == 3) return go(decode_kernel<kBits, kGroups, 3, Work>);
   }
   if constexpr (max_rounds(kGroups) >= 2) {
-    if (plan.rounds == 2) return go(decode_kernel<kBits, kGroups, 2>);
+    if (plan.rounds == 2) return go(decode_kernel<kBits, kGroups, 2, Work>);
   }
-  return go(decode_kernel<kBits, kGroups, 1>);
+  return go(decode_kernel<kBits, kGroups, 1, Work>);
 }
 
-template <int kBits, int kGroups, int... kMore>
-cudaError_t run_bits(const Arguments& a, const DecodePlan& plan, const Launch& on) {
+template <int kBits, int kGroups, int... kMore, class Work>
+cudaError_t run_bits(const Work& work, const DecodePlan& plan, const Launch& on) {
   if constexpr (sizeof...(kMore) > 0) {
-    if (plan.column_groups != kGroups) return run_bits<kBits, kMore...>(a, plan, on);
+    if (plan.column_groups != kGroups) return run_bits<kBits, kMore...>(work, plan, on);
   }
-  return run_groups<kBits, kGroups>(a, plan, on);
+  return run_groups<kBits, kGroups>(work, plan, on);
 }
 
 template <typename Problem>
-cudaError_t run(const Problem& p, int64_t bits, const DecodePlan& plan, const Launch& on) {
+Shape shape_of(const Problem& p, const DecodePlan& plan) {
+  const auto words = static_cast<int>(p.weight.words());
+  return {words, static_cast<int>(p.m), plan.tile_warps, pitch_of(words), plan.tiles * kTileRows};
+}
+
+// A product that `blocks` blocks share.
+template <typename Problem>
+Product product_of(const Problem& p, int blocks) {
   const Weight& w = p.weight;
-  const auto tiles = static_cast<int>((w.n + kTileRows - 1) / kTileRows), words = static_cast<int>(w.words());
-  const Arguments a{.signs = w.signs,
-                    .planes = p.planes,
-                    .act_scale = p.act_scale,
-                    .act_sum = p.act_sum,
-                    .act_shift = p.act_shift,
-                    .scale = w.scale,
-                    .group_shift = w.group_shift,
-                    .bias = w.bias,
-                    .y = p.y,
-                    .n = w.n,
-                    .words = words,
-                    .m = static_cast<int>(p.m),
-                    .tile_warps = plan.tile_warps,
-                    .tiles = tiles / plan.blocks,
-                    .larger_blocks = tiles % plan.blocks,
-                    .pitch = pitch_of(words),
-                    .rows_all = plan.tiles * kTileRows};
-  switch (bits) {
-    case 1:
-      return run_bits<1, 1, 2>(a, plan, on);
-    case 2:
-      return run_bits<2, 1, 2>(a, plan, on);
-    case 4:
-      return run_bits<4, 1, 2, 4>(a, plan, on);
-    case 8:
-      return run_bits<8, 1, 2, 4, 8>(a, plan, on);
-    default:
-      return run_bits<kFixedPointBits, 3, 6, 12>(a, plan, on);
-  }
+  return {.signs = w.signs,
+          .planes = p.planes,
+          .act_scale = p.act_scale,
+          .act_sum = p.act_sum,
+          .act_shift = p.act_shift,
+          .scale = w.scale,
+          .group_shift = w.group_shift,
+          .bias = w.bias,
+          .y = p.y,
+          .n = w.n,
+          .tiles = tiles_of(w) / blocks,
+          .larger_blocks = tiles_of(w) % blocks};
 }
 
 }  // namespace
@@ -334,7 +333,17 @@ DecodePlan popcount_gemm_decode_plan(const PopcountGemm& p, const Device& device
 }
 
 cudaError_t popcount_gemm_decode(const PopcountGemm& p, const DecodePlan& plan, const Launch& on) {
-  return run(p, p.bits, plan, on);
+  const One<Shape, Product> work{shape_of(p, plan), product_of(p, plan.blocks)};
+  switch (p.bits) {
+    case 1:
+      return run_bits<1, 1, 2>(work, plan, on);
+    case 2:
+      return run_bits<2, 1, 2>(work, plan, on);
+    case 4:
+      return run_bits<4, 1, 2, 4>(work, plan, on);
+    default:
+      return run_bits<8, 1, 2, 4, 8>(work, plan, on);
+  }
 }
 
 DecodePlan fixed_gemm_decode_plan(const FixedPointGemm& p, const Device& device) {
@@ -342,7 +351,36 @@ DecodePlan fixed_gemm_decode_plan(const FixedPointGemm& p, const Device& device)
 }
 
 cudaError_t fixed_gemm_decode(const FixedPointGemm& p, const DecodePlan& plan, const Launch& on) {
-  return run(p, kFixedPointBits, plan, on);
+  return run_bits<kFixedPointBits, 3, 6, 12>(One<Shape, Product>{shape_of(p, plan), product_of(p, plan.blocks)}, plan,
+                                             on);
+}
+
+DecodePlan popcount_gemm_decode_plan(std::span<const PopcountGemm> products, const Device& device) {
+  DecodePlan plan;
+  if (products.size() < 2 || products.size() > kMaxProducts || products[0].bits < 4) return plan;
+  Weight all = products[0].weight;  // as if it were one matrix
+  all.n = 0;
+  for (const PopcountGemm& p : products) {
+    const bool alike = p.m == products[0].m && p.bits == products[0].bits && p.weight.k == all.k;
+    if (!alike || !popcount_gemm_decode_plan(p, device)) return plan;
+    all.n += int64_t{tiles_of(p.weight)} * kTileRows;
+  }
+  plan = plan_for(all, products[0].planes, products[0].m, products[0].bits, 1, device);
+  if (!plan) return plan;
+  // what is left over of each product may take one block more than there are multiprocessors
+  const int tile_bytes = plan.shared_bytes / plan.tiles, room = device.shared_bytes_all / 2 - 2048;
+  if (blocks_for(products, plan.tiles) > device.multiprocessors && plan.blocks <= device.multiprocessors &&
+      (plan.tiles + 1) * tile_bytes <= room) {
+    plan.tiles += 1;
+    plan.shared_bytes += tile_bytes;
+  }
+  plan.blocks = blocks_for(products, plan.tiles);
+  return plan;
+}
+
+cudaError_t popcount_gemm_decode(std::span<const PopcountGemm> products, const DecodePlan& plan, const Launch& on) {
+  const auto work = several(shape_of(products[0], plan), products, plan.tiles, product_of<PopcountGemm>);
+  return products[0].bits == 4 ? run_bits<4, 1, 2, 4>(work, plan, on) : run_bits<8, 1, 2, 4, 8>(work, plan, on);
 }
 
 }  // namespace bitinfer::cuda

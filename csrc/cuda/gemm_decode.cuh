@@ -3,6 +3,7 @@
 
 #include "common.cuh"
 #include "fixed_point.h"
+#include "gemm_decode.h"
 #include "mma.cuh"
 
 namespace bitinfer::cuda {
@@ -17,6 +18,58 @@ constexpr int pitch_of(int words) { return ((words + kChunkWords - 1) / kChunkWo
 // Numbers that a row has per slot: one a token, two a token in fixed point (its lower 16 bits and its upper 8), and for
 // one-bit activations one more, the row's set bits.
 constexpr int result_count(int m, int bits) { return bits == kFixedPointBits ? 2 * m : m + (bits == 1); }
+
+// The work of a launch: one product, or several of one shape, each with blocks of its own one after the other.
+template <class Shape, class Product>
+struct One {
+  Shape shape;
+  Product only;
+
+  __device__ __forceinline__ const Product& product(int&) const { return only; }
+};
+
+template <class Shape, class Product>
+struct Several {
+  Shape shape;
+  Product of[kMaxProducts];
+  int end[kMaxProducts];  // of each product's blocks
+
+  // The product of a block, which becomes the number of the block within it.
+  __device__ __forceinline__ const Product& product(int& block) const {
+    const int i = (block >= end[0]) + (block >= end[1]);
+    block -= i > 0 ? end[i - 1] : 0;
+    return of[i];
+  }
+};
+static_assert(kMaxProducts == 3);
+
+inline int tiles_of(const Weight& w) { return static_cast<int>((w.n + kTileRows - 1) / kTileRows); }
+
+// Blocks of a product, and of some, none of which has more than so many tiles.
+inline int blocks_for(const Weight& w, int tiles) { return (tiles_of(w) + tiles - 1) / tiles; }
+
+template <class Problem>
+int blocks_for(std::span<const Problem> products, int tiles) {
+  int blocks = 0;
+  for (const Problem& p : products) blocks += blocks_for(p.weight, tiles);
+  return blocks;
+}
+
+// Several products, made by product_of(problem, blocks).
+template <class Shape, class Problem, class Make>
+auto several(const Shape& shape, std::span<const Problem> products, int tiles, Make product_of) {
+  Several<Shape, decltype(product_of(products[0], 1))> work{.shape = shape, .of = {}, .end = {}};
+  int end = 0;
+  for (size_t i = 0; i < kMaxProducts; ++i) {
+    if (i < products.size()) {
+      const int blocks = blocks_for(products[i].weight, tiles);
+      work.of[i] = product_of(products[i], blocks);
+      end += blocks;
+    }
+    work.end[i] = end;
+  }
+  return work;
+}
 
 // Whether words can be copied 16 bytes at a time.
 inline bool is_aligned(const uint32_t* words) { return reinterpret_cast<uintptr_t>(words) % 16 == 0; }

@@ -1,6 +1,8 @@
 // The products for one or a few tokens on binary tensor cores (mma.sync b1).
 #pragma once
 
+#include <span>
+
 #include "../problem.h"
 #include "fixed_point.h"
 #include "launch.h"
@@ -24,6 +26,11 @@ DecodePlan popcount_gemm_decode_plan(const PopcountGemm& problem, const Device& 
 cudaError_t popcount_gemm_decode(const PopcountGemm& problem, const DecodePlan& plan, const Launch& on);
 DecodePlan fixed_gemm_decode_plan(const FixedPointGemm& problem, const Device& device);
 cudaError_t fixed_gemm_decode(const FixedPointGemm& problem, const DecodePlan& plan, const Launch& on);
+
+// Up to three products of the same m, bits and k in one launch; int8 and int4.
+inline constexpr int kMaxProducts = 3;
+DecodePlan popcount_gemm_decode_plan(std::span<const PopcountGemm> products, const Device& device);
+cudaError_t popcount_gemm_decode(std::span<const PopcountGemm> products, const DecodePlan& plan, const Launch& on);
 
 // gemm_decode_grouped.cu: group scales, activation blocks, several planes of weights
 DecodePlan popcount_gemm_decode_grouped_plan(const PopcountGemm& problem, const Device& device);

@@ -1,71 +1,21 @@
 // The torch side of the CUDA ops: device and stream, scratch memory, and the launch of the kernel that select.h names.
-#include <torch/csrc/stable/accelerator.h>
-
 #include <cstdlib>
-#include <mutex>
 
-#include "../checked_tensors.h"
-#include "pack_activations.h"
+#include "on_device.h"
 #include "popcount_gemm_tiled.h"
 #include "popcount_gemm_wgmma.h"
-#include "select.h"
 #include "sign_gemm_decode.h"
 #include "sign_gemm_tiled.h"
 #include "sign_gemm_wgmma.h"
 
-// torch's headers declare it only where they are compiled for CUDA
-#ifndef USE_CUDA
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
-
 namespace {
 
 using namespace bitinfer;
+using bitinfer::cuda::check;
 using bitinfer::cuda::Device;
+using bitinfer::cuda::device_of;
 using bitinfer::cuda::Kernel;
-using bitinfer::cuda::Launch;
-
-constexpr int kMaxDevices = 64;
-
-void check(const Call& call, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it, or the next call would find it
-  STD_TORCH_CHECK(false, call.op, ": CUDA says: ", cudaGetErrorString(error));
-}
-
-const Device& device_of(const Call& call, int32_t index) {
-  static std::once_flag asked[kMaxDevices];
-  static Device devices[kMaxDevices];
-  STD_TORCH_CHECK(index >= 0 && index < kMaxDevices, call.op, ": GPU index ", index, " is past ", kMaxDevices - 1);
-  std::call_once(asked[index], [&] {
-    const auto attribute = [&](cudaDeviceAttr name) {
-      int value = 0;
-      check(call, cudaDeviceGetAttribute(&value, name, index));
-      return value;
-    };
-    devices[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-                      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-  });
-  return devices[index];
-}
-
-// A call on the device of a tensor, current while this lives, and torch's stream there.
-struct OnDevice {
-  Call call;
-  torch::stable::accelerator::DeviceGuard guard;
-  Launch launch;
-
-  OnDevice(const char* op, const Tensor& tensor, bool settled = true)
-      : call{op, aoti_torch_device_type_cuda(), tensor.get_device_index()}, guard(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device_index, &stream));
-    launch = {static_cast<cudaStream_t>(stream), device_of(call, call.device_index), settled};
-  }
-
-  // Memory for as long as the tensor lives, and afterwards until the stream has got so far.
-  Tensor bytes(int64_t count) const { return empty(call, {count}, ScalarType::Byte); }
-};
+using bitinfer::cuda::OnDevice;
 
 std::string_view forced_kernel() {
   static const char* const name = std::getenv("BITINFER_CUDA_KERNEL");
@@ -80,20 +30,6 @@ Kernel kernel_for(const Call& call, const Problem& problem, const Device& device
                   " names no kernel that runs M=", problem.m, " N=", problem.weight.n, " K=", problem.weight.k,
                   " here; known are decode, wgmma, tiled and int8, and unset lets bitinfer choose");
   return *kernel;
-}
-
-// Runs multiply(problem), with the LayerNorm behind it if there is one: its statistics need all outputs of a token, so
-// these wait in float32.
-template <typename Problem, typename Multiply>
-void with_norm(const OnDevice& on, Problem problem, std::optional<double> norm_eps, Multiply multiply) {
-  if (!norm_eps) return multiply(problem);
-  const int64_t n = problem.weight.n;
-  Tensor sums = empty(on.call, {problem.m, n}, ScalarType::Float);
-  const LayerNorm norm{static_cast<const float*>(sums.const_data_ptr()), n, *norm_eps, problem.weight.bias, problem.y};
-  problem.y = {sums.mutable_data_ptr(), Dtype::kFloat32, n};
-  problem.weight.bias = {};
-  multiply(problem);
-  check(on.call, cuda::layer_norm(norm, problem.m, on.launch));
 }
 
 Tensor pack_signs(Tensor weight) {
@@ -186,6 +122,56 @@ void fixed_point_gemm(const OnDevice& on, const SignGemm& p, Kernel kernel) {
             : cuda::fixed_gemm_decode_grouped(gemm, cuda::fixed_gemm_decode_grouped_plan(gemm, device), on.launch));
 }
 
+}  // namespace
+
+namespace bitinfer::cuda {
+
+Kernel kernel_for(const OnDevice& on, const PopcountGemm& problem) {
+  return ::kernel_for(on.call, problem, on.launch.device);
+}
+
+Kernel kernel_for(const OnDevice& on, const SignGemm& problem) {
+  return ::kernel_for(on.call, problem, on.launch.device);
+}
+
+void multiply(const OnDevice& on, const SignGemm& problem, std::optional<double> norm_eps) {
+  with_norm(on, problem, norm_eps, [&](const SignGemm& p) {
+    const Kernel kernel = kernel_for(on, p);
+    if (kernel == Kernel::kDecode || kernel == Kernel::kGrouped) return fixed_point_gemm(on, p, kernel);
+    const Device& device = on.launch.device;
+    if (kernel == Kernel::kSignDecode) {
+      return check(on.call, sign_gemm_decode(p, sign_gemm_decode_plan(p, device), on.launch));
+    }
+    const bool wgmma = kernel == Kernel::kWgmma;
+    const size_t bytes = wgmma ? sign_gemm_wgmma_workspace(p) : sign_gemm_tiled_workspace(p);
+    Tensor workspace = on.bytes(static_cast<int64_t>(bytes));
+    check(on.call, wgmma ? sign_gemm_wgmma(p, workspace.mutable_data_ptr(), on.launch)
+                         : sign_gemm_tiled(p, workspace.mutable_data_ptr(), on.launch));
+  });
+}
+
+void multiply(const OnDevice& on, const PopcountGemm& problem, std::optional<double> norm_eps) {
+  with_norm(on, problem, norm_eps, [&](const PopcountGemm& p) {
+    const Device& device = on.launch.device;
+    switch (kernel_for(on, p)) {
+      case Kernel::kDecode:
+        return check(on.call, popcount_gemm_decode(p, popcount_gemm_decode_plan(p, device), on.launch));
+      case Kernel::kGrouped:
+        return check(on.call, popcount_gemm_decode_grouped(p, popcount_gemm_decode_grouped_plan(p, device), on.launch));
+      case Kernel::kWgmma:
+        return check(on.call, popcount_gemm_wgmma(p, on.launch));
+      case Kernel::kTiled:
+        return check(on.call, popcount_gemm_tiled(p, on.launch));
+      default:
+        return check(on.call, popcount_gemm_int8(p, on.launch));
+    }
+  });
+}
+
+}  // namespace bitinfer::cuda
+
+namespace {
+
 template <bool kSettled>
 Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor weight_scale, OptionalTensor in_scale,
                  OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias, int64_t group_size,
@@ -194,19 +180,7 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
   const SignGemmCall call(on.call, x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias,
                           group_size);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
-  with_norm(on, call.problem, norm_eps, [&](const SignGemm& p) {
-    const Kernel kernel = kernel_for(on.call, p, on.launch.device);
-    if (kernel == Kernel::kDecode || kernel == Kernel::kGrouped) return fixed_point_gemm(on, p, kernel);
-    const Device& device = on.launch.device;
-    if (kernel == Kernel::kSignDecode) {
-      return check(on.call, cuda::sign_gemm_decode(p, cuda::sign_gemm_decode_plan(p, device), on.launch));
-    }
-    const bool wgmma = kernel == Kernel::kWgmma;
-    const size_t bytes = wgmma ? cuda::sign_gemm_wgmma_workspace(p) : cuda::sign_gemm_tiled_workspace(p);
-    Tensor workspace = on.bytes(static_cast<int64_t>(bytes));
-    check(on.call, wgmma ? cuda::sign_gemm_wgmma(p, workspace.mutable_data_ptr(), on.launch)
-                         : cuda::sign_gemm_tiled(p, workspace.mutable_data_ptr(), on.launch));
-  });
+  cuda::multiply(on, call.problem, norm_eps);
   return *call.y;
 }
 
@@ -218,22 +192,7 @@ Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTe
   const PopcountGemmCall call(on.call, planes, act_scale, act_sum, act_shift, weight, in_features, weight_scale,
                               group_shift, bias, group_size, block_size, dtype);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
-  with_norm(on, call.problem, norm_eps, [&](const PopcountGemm& p) {
-    const Device& device = on.launch.device;
-    switch (kernel_for(on.call, p, device)) {
-      case Kernel::kDecode:
-        return check(on.call, cuda::popcount_gemm_decode(p, cuda::popcount_gemm_decode_plan(p, device), on.launch));
-      case Kernel::kGrouped:
-        return check(on.call, cuda::popcount_gemm_decode_grouped(p, cuda::popcount_gemm_decode_grouped_plan(p, device),
-                                                                 on.launch));
-      case Kernel::kWgmma:
-        return check(on.call, cuda::popcount_gemm_wgmma(p, on.launch));
-      case Kernel::kTiled:
-        return check(on.call, cuda::popcount_gemm_tiled(p, on.launch));
-      default:
-        return check(on.call, cuda::popcount_gemm_int8(p, on.launch));
-    }
-  });
+  cuda::multiply(on, call.problem, norm_eps);
   return *call.y;
 }
 

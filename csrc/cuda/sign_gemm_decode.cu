@@ -12,6 +12,8 @@
 //   block        a run of 16-row tiles, one block a multiprocessor; all its weights in shared memory before the wait
 //   warp         every eighth chunk, its planes in registers as three operands of 8 columns, for all tiles
 //
+// Several products of one x (q, k and v; gate and up) go in one launch, each with column factors and blocks of its own.
+//
 // Bounds: bytes of the weights for wide layers, latency for small ones; making the planes takes about 200 instructions
 // a chunk, in every block anew, and most of them at half rate. That is still faster than a kernel of its own before
 // this one, and than a cluster whose blocks share the columns and then exchange sums.
@@ -34,16 +36,21 @@ constexpr int kPlaneBytes = 24 * kChunkColumns / 8;  // and of planes
 // Of a warp's shared memory: the activations of all its chunks, later the planes of one, then its partial sums.
 constexpr int slot_bytes(int rounds, int rows) { return std::max({rounds * kStagedBytes, kPlaneBytes, 8 * rows}); }
 
-struct Arguments {
+struct Product {
   const uint32_t* signs;
-  const void *x, *in_scale, *in_shift;  // of one 16-bit type
+  const void *in_scale, *in_shift;  // of the type of x
   Floats scale, group_shift, bias;
   Output y;
   int64_t n;
-  int k;
   int tiles, larger_blocks;  // of a block; so many blocks, the first, have one more
-  int pitch;                 // bytes from one row of weights to the next in shared memory
-  int rows_all;              // that a block has room for
+};
+
+// What all products of a launch have in common.
+struct Shape {
+  const void* x;  // of a 16-bit type
+  int k;
+  int pitch;     // bytes from one row of weights to the next in shared memory
+  int rows_all;  // that a block has room for
 };
 
 // What a warp knows of its chunks.
@@ -116,21 +123,25 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
 }
 
 // kRounds: chunks of a warp.
-template <typename T, int kRounds>
-__global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decode_kernel(const Arguments a) {
+template <typename T, int kRounds, class Work>
+__global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1)
+    sign_decode_kernel(const __grid_constant__ Work work) {
+  int block = blockIdx.x;
+  const Product& a = work.product(block);
+  const Shape& shape = work.shape;
   constexpr int kOctets = kLaneColumns / kOctet;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ Sums sums_of[kKWarps];
   __shared__ float shift_of[kKWarps];  // of in_shift . x
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x & 31, k_warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int first_tile = blockIdx.x * a.tiles + min(static_cast<int>(blockIdx.x), a.larger_blocks);
-  const int tiles = a.tiles + (static_cast<int>(blockIdx.x) < a.larger_blocks), rows = tiles * kTileRows;
+  const int first_tile = block * a.tiles + min(block, a.larger_blocks);
+  const int tiles = a.tiles + (block < a.larger_blocks), rows = tiles * kTileRows;
   const int64_t row0 = static_cast<int64_t>(first_tile) * kTileRows;
-  const int last_chunk = (a.k - 1) / kChunkColumns;
+  const int last_chunk = (shape.k - 1) / kChunkColumns;
   const int slot_stride = slot_bytes(kRounds, rows) / static_cast<int>(sizeof(int));
-  int* const slots = reinterpret_cast<int*>(shared + a.rows_all * a.pitch);
-  const uint32_t scratch = base + a.rows_all * a.pitch + k_warp * slot_stride * static_cast<int>(sizeof(int));
+  int* const slots = reinterpret_cast<int*>(shared + shape.rows_all * shape.pitch);
+  const uint32_t scratch = base + shape.rows_all * shape.pitch + k_warp * slot_stride * static_cast<int>(sizeof(int));
   allow_next_kernel();
   if (tiles == 0) {  // a place taken on this multiprocessor keeps two blocks of the next kernel from sharing another
     wait_for_previous_kernel();
@@ -138,7 +149,7 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   }
 
   // ---- all that does not depend on the kernel before us
-  copy_rows(base, a.pitch, a.signs, row0, rows, a.n, a.k / 32);
+  copy_rows(base, shape.pitch, a.signs, row0, rows, a.n, shape.k / 32);
   struct Place {
     int row;
     int64_t n;  // or negative
@@ -159,8 +170,8 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
     return chunk_of(round) * kChunkColumns + lane * kLaneColumns + i * kOctet;
   };
   const auto load = [&](const void* row, int column) {
-    return column < a.k ? __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(row) + column))
-                        : make_uint4(0, 0, 0, 0);
+    return column < shape.k ? __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(row) + column))
+                            : make_uint4(0, 0, 0, 0);
   };
   uint4 in_scale[kRounds][kOctets], in_shift[kRounds][kOctets];
 #pragma unroll
@@ -185,7 +196,7 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       const int octet = i * 32 + lane, column = chunk_of(round) * kChunkColumns + octet * kOctet;
-      if (column < a.k) copy_async(staged(round, octet), static_cast<const T*>(a.x) + column);
+      if (column < shape.k) copy_async(staged(round, octet), static_cast<const T*>(shape.x) + column);
     }
   }
   copy_async_commit();
@@ -197,7 +208,7 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       raw[round][i] =
-          column_of(round, i) < a.k ? load_shared(staged(round, lane * kOctets + i)) : make_uint4(0, 0, 0, 0);
+          column_of(round, i) < shape.k ? load_shared(staged(round, lane * kOctets + i)) : make_uint4(0, 0, 0, 0);
     }
   }
 
@@ -280,14 +291,14 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   }
 
   // ---- the products
-  const uint32_t at_lane = base + g * a.pitch + 16 * t;
+  const uint32_t at_lane = base + g * shape.pitch + 16 * t;
   for (int tile = 0; tile < tiles; ++tile) {
     int c[kGroups][4] = {};
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       // chunks past the end of a row have planes of zero, whatever weights those meet
-      const uint32_t at = at_lane + tile * (kTileRows * a.pitch) + min(chunk_of(round), last_chunk) * 64;
-      const uint4 upper = load_shared(at), lower = load_shared(at + 8 * a.pitch);
+      const uint32_t at = at_lane + tile * (kTileRows * shape.pitch) + min(chunk_of(round), last_chunk) * 64;
+      const uint4 upper = load_shared(at), lower = load_shared(at + 8 * shape.pitch);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         multiply_b1_k256(c[j], {upper.x, lower.x, upper.y, lower.y}, x[round][j].x, x[round][j].y);
@@ -331,6 +342,50 @@ __global__ void __launch_bounds__(32 * kKWarps, kRounds <= 2 ? 2 : 1) sign_decod
   for (int row = threadIdx.x + blockDim.x; row < rows; row += blockDim.x) finish(locate(row));
 }
 
+int shared_bytes_of(const Weight& w, int rounds, int tiles) {
+  const int rows = tiles * kTileRows;
+  return rows * pitch_of(static_cast<int>(w.words())) + kKWarps * slot_bytes(rounds, rows);
+}
+
+// The tiles of a block of a plan: one block a multiprocessor, small enough that a block of the next kernel fits beside.
+int fitting_tiles(const Weight& w, int rounds, int64_t wanted, const Device& device) {
+  auto tiles = static_cast<int>(std::min<int64_t>(wanted, 64));
+  while (tiles > 1 && shared_bytes_of(w, rounds, tiles) > device.shared_bytes_all / 2 - 2048) --tiles;
+  return tiles;
+}
+
+Shape shape_of(const SignGemm& p, const DecodePlan& plan) {
+  return {p.x.data, static_cast<int>(p.weight.k), pitch_of(static_cast<int>(p.weight.words())), plan.tiles * kTileRows};
+}
+
+// A product that `blocks` blocks share.
+Product product_of(const SignGemm& p, int blocks) {
+  const Weight& w = p.weight;
+  return {.signs = w.signs,
+          .in_scale = p.in_scale.data,
+          .in_shift = p.in_shift.data,
+          .scale = w.scale,
+          .group_shift = w.group_shift,
+          .bias = w.bias,
+          .y = p.y,
+          .n = w.n,
+          .tiles = tiles_of(w) / blocks,
+          .larger_blocks = tiles_of(w) % blocks};
+}
+
+template <class Work>
+cudaError_t run(const Work& work, Dtype dtype, const DecodePlan& plan, const Launch& on) {
+  const auto go = [&](auto kernel) {
+    return launch(kernel, on, dim3(plan.blocks), dim3(32 * kKWarps), plan.shared_bytes, true, work);
+  };
+  const auto rounds = [&]<typename T>(T) {
+    return plan.rounds == 1   ? go(sign_decode_kernel<T, 1, Work>)
+           : plan.rounds == 2 ? go(sign_decode_kernel<T, 2, Work>)
+                              : go(sign_decode_kernel<T, 3, Work>);
+  };
+  return dtype == Dtype::kFloat16 ? rounds(__half{}) : rounds(__nv_bfloat16{});
+}
+
 }  // namespace
 
 DecodePlan sign_gemm_decode_plan(const SignGemm& p, const Device& device) {
@@ -343,52 +398,44 @@ DecodePlan sign_gemm_decode_plan(const SignGemm& p, const Device& device) {
   if (p.x.dtype == Dtype::kFloat32 || w.planes > 1 || w.groups() > 1 || w.k % 128 != 0 || !is_aligned(w.signs))
     return plan;
   if (!fits(p.x) || !fits(p.in_scale) || !fits(p.in_shift)) return plan;
-  const int pitch = pitch_of(static_cast<int>(w.words()));
   plan.rounds = (static_cast<int>(w.words()) + kKWarps * kChunkWords - 1) / (kKWarps * kChunkWords);
   if (plan.rounds > 3) return plan;
-  const int64_t tiles = (w.n + kTileRows - 1) / kTileRows;
-  const auto shared_bytes = [&](int64_t of_block) {
-    const auto rows = static_cast<int>(of_block * kTileRows);
-    return rows * pitch + kKWarps * slot_bytes(plan.rounds, rows);
-  };
-  // one block a multiprocessor, small enough that a block of the next kernel fits beside it
-  const int64_t wanted = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-  int64_t of_block = std::min<int64_t>(wanted, 64);
-  while (of_block > 1 && shared_bytes(of_block) > device.shared_bytes_all / 2 - 2048) --of_block;
-  plan.blocks = static_cast<int>(of_block == wanted ? device.multiprocessors : (tiles + of_block - 1) / of_block);
-  plan.tiles = static_cast<int>(of_block);
+  const int64_t wanted = (tiles_of(w) + device.multiprocessors - 1) / device.multiprocessors;
+  plan.tiles = fitting_tiles(w, plan.rounds, wanted, device);
+  plan.blocks = plan.tiles == wanted ? device.multiprocessors : blocks_for(w, plan.tiles);
   plan.tile_warps = 1;
-  plan.shared_bytes = static_cast<int>(shared_bytes(of_block));
+  plan.shared_bytes = shared_bytes_of(w, plan.rounds, plan.tiles);
   plan.column_groups = kGroups;
   return plan;
 }
 
 cudaError_t sign_gemm_decode(const SignGemm& p, const DecodePlan& plan, const Launch& on) {
-  const Weight& w = p.weight;
-  const auto tiles = static_cast<int>((w.n + kTileRows - 1) / kTileRows);
-  const Arguments a{.signs = w.signs,
-                    .x = p.x.data,
-                    .in_scale = p.in_scale.data,
-                    .in_shift = p.in_shift.data,
-                    .scale = w.scale,
-                    .group_shift = w.group_shift,
-                    .bias = w.bias,
-                    .y = p.y,
-                    .n = w.n,
-                    .k = static_cast<int>(w.k),
-                    .tiles = tiles / plan.blocks,
-                    .larger_blocks = tiles % plan.blocks,
-                    .pitch = pitch_of(static_cast<int>(w.words())),
-                    .rows_all = plan.tiles * kTileRows};
-  const auto go = [&](auto kernel) {
-    return launch(kernel, on, dim3(plan.blocks), dim3(32 * kKWarps), plan.shared_bytes, true, a);
-  };
-  const auto rounds = [&]<typename T>(T) {
-    return plan.rounds == 1   ? go(sign_decode_kernel<T, 1>)
-           : plan.rounds == 2 ? go(sign_decode_kernel<T, 2>)
-                              : go(sign_decode_kernel<T, 3>);
-  };
-  return p.x.dtype == Dtype::kFloat16 ? rounds(__half{}) : rounds(__nv_bfloat16{});
+  return run(One<Shape, Product>{shape_of(p, plan), product_of(p, plan.blocks)}, p.x.dtype, plan, on);
+}
+
+DecodePlan sign_gemm_decode_plan(std::span<const SignGemm> products, const Device& device) {
+  DecodePlan plan;
+  if (products.size() < 2 || products.size() > kMaxProducts) return plan;
+  const Weight& first = products[0].weight;
+  int64_t tiles = 0;
+  for (const SignGemm& p : products) {
+    const bool alike = p.x.data == products[0].x.data && p.x.dtype == products[0].x.dtype && p.weight.k == first.k;
+    plan = sign_gemm_decode_plan(p, device);
+    if (!alike || !plan) return {};
+    tiles += tiles_of(p.weight);
+  }
+  int64_t wanted = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  // what is left over of each product may take one block more than there are multiprocessors
+  if (blocks_for(products, static_cast<int>(wanted)) > device.multiprocessors) ++wanted;
+  plan.tiles = fitting_tiles(first, plan.rounds, wanted, device);
+  plan.blocks = blocks_for(products, plan.tiles);
+  plan.shared_bytes = shared_bytes_of(first, plan.rounds, plan.tiles);
+  return plan;
+}
+
+cudaError_t sign_gemm_decode(std::span<const SignGemm> products, const DecodePlan& plan, const Launch& on) {
+  const auto work = several(shape_of(products[0], plan), products, plan.tiles, product_of);
+  return run(work, products[0].x.dtype, plan, on);
 }
 
 }  // namespace bitinfer::cuda
