@@ -221,6 +221,8 @@ class StepLoop:
         self.padding = None if unpadded else zeros(batch)
         self.ends = None if ends is None else torch.tensor(ends, device=device)
         self.seen = zeros(batch, vocabulary, dtype=torch.bool) if sampling.repetition_penalty != 1 else None
+        on_nvidia = device.type == "cuda" and hasattr(torch.ops.bitinfer_native, "choose_greedy")
+        self.in_one_kernel = on_nvidia and not sampling.sample
         self.replay: Callable[[], None] = _Captured(self._step) if decoder.device.type == "cuda" else self._step
 
     def begin(self, logits: Tensor, ids: Tensor, padding: Tensor | None, pad: Tensor | None, processors: Any) -> None:
@@ -241,10 +243,29 @@ class StepLoop:
 
     def _step(self) -> None:
         logits = self.decoder.step_anywhere(self.tokens, self.slot, self.padding)
+        if self.in_one_kernel:
+            self._choose_greedy(logits, self.slot)
+            return
         self.slot.add_(1)
         self._choose(logits)
 
+    def _choose_greedy(self, logits: Tensor, slot: Tensor | None) -> None:
+        """Do what :meth:`_choose` does without sampling, and advance ``slot``."""
+        torch.ops.bitinfer_native.choose_greedy(
+            logits,
+            self.sampling.repetition_penalty,
+            self.seen,
+            self.finished,
+            self.ends,
+            self.pad,
+            self.tokens,
+            slot,
+        )
+
     def _choose(self, logits: Tensor) -> None:
+        if self.in_one_kernel:
+            self._choose_greedy(logits, None)
+            return
         tokens = self.sampling.choose(logits, self.seen)
         if self.ends is not None:
             tokens = torch.where(self.finished, self.pad, tokens)

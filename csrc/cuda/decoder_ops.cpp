@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "choose_greedy.h"
 #include "decode_attention.h"
 #include "decoder_rows.h"
 #include "on_device.h"
@@ -276,6 +277,51 @@ Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values
   return out;
 }
 
+void choose_greedy(Tensor logits, double penalty, OptionalTensor seen, Tensor finished, OptionalTensor ends, Tensor pad,
+                   Tensor tokens, OptionalTensor slot) {
+  const OnDevice on("choose_greedy", logits);
+  const Call& call = on.call;
+  const Rows rows(call, "logits", logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && rows.k > 0 && rows.k <= INT32_MAX && penalty > 0, call.op,
+                  ": expected logits [M, V] and a penalty above 0, got ", to_string(sizes_of(logits)), " and ",
+                  penalty);
+  for (const auto& [name, tensor, type] : {std::tuple{"finished", &finished, ScalarType::Bool},
+                                           {"pad", &pad, ScalarType::Long},
+                                           {"tokens", &tokens, ScalarType::Long}}) {
+    call.check_device(name, *tensor);
+    STD_TORCH_CHECK(
+        tensor->scalar_type() == type && tensor->is_contiguous() && tensor->numel() == (tensor == &pad ? 1 : rows.m),
+        call.op, ": ", name, " must be contiguous, of its dtype, and have an entry a sequence");
+  }
+  cuda::ChooseGreedy p;
+  p.logits = rows.data;
+  p.m = rows.m;
+  p.n = rows.k;
+  p.stride = rows.stride;
+  p.penalty = static_cast<float>(penalty);
+  if (seen) {
+    check_dtype(call, "seen", *seen, ScalarType::Bool, "torch.bool");
+    check_shape(call, "seen", *seen, {rows.m, rows.k});
+    STD_TORCH_CHECK(seen->is_contiguous(), call.op, ": seen must be contiguous");
+    p.seen = static_cast<bool*>(seen->mutable_data_ptr());
+  }
+  if (ends) {
+    check_dtype(call, "ends", *ends, ScalarType::Long, "torch.int64");
+    STD_TORCH_CHECK(ends->is_contiguous(), call.op, ": ends must be contiguous");
+    p.ends = static_cast<const int64_t*>(ends->const_data_ptr());
+    p.end_count = ends->numel();
+  }
+  if (slot) {
+    check_dtype(call, "slot", *slot, ScalarType::Long, "torch.int64");
+    STD_TORCH_CHECK(slot->numel() == 1, call.op, ": slot must be one number");
+    p.slot = static_cast<int64_t*>(slot->mutable_data_ptr());
+  }
+  p.finished = static_cast<bool*>(finished.mutable_data_ptr());
+  p.pad = static_cast<const int64_t*>(pad.const_data_ptr());
+  p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  check(call, cuda::choose_greedy(p, on.launch));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
@@ -299,6 +345,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin,"
       " Tensor slot, Tensor? padding, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps, float scaling,"
       " bool settled) -> Tensor");
+  // The likeliest tokens, or `pad` where a sequence has finished; advances slot, and marks ends and what was seen.
+  m.def(
+      "choose_greedy(Tensor logits, float penalty, Tensor(a!)? seen, Tensor(b!) finished, Tensor? ends, Tensor pad,"
+      " Tensor(c!) tokens, Tensor(d!)? slot) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
@@ -308,4 +358,5 @@ STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("popcount_gemm_several", TORCH_BOX(&popcount_gemm_several));
   m.impl("sign_gemm_several", TORCH_BOX(&sign_gemm_several));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("choose_greedy", TORCH_BOX(&choose_greedy));
 }

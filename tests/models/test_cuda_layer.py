@@ -445,3 +445,32 @@ def test_a_layer_takes_nine_kernels_at_most() -> None:
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         names = [kernel.name for kernel in kernels if "bitinfer" in kernel.name]
         assert 0 < len(names) <= most and len(names) == len(kernels), names
+
+
+# ------------------------------------------------------------------------------------------------------ greedy decoding
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "vocabulary"), [(1, 5), (1, 32000), (3, 8191), (64, 1000)])
+def test_the_likeliest_token(batch: int, vocabulary: int, dtype: torch.dtype, penalty: float) -> None:
+    torch.manual_seed(fresh_seed())
+    logits = normal(batch, vocabulary, dtype=dtype)
+    seen = torch.rand(batch, vocabulary, device="cuda") < 0.3
+    finished = torch.arange(batch, device="cuda") % 3 == 2
+    wide = logits.float()
+    scores = torch.where(seen, torch.where(wide < 0, wide * penalty, wide / penalty), wide)
+    scores = scores if penalty != 1 else wide
+    best = scores == scores.amax(-1, keepdim=True)
+    expected = best.int().argmax(-1)  # the first
+    ends = expected[:1].clone()
+    expected = expected.masked_fill(finished, 4)
+    tokens, slot = torch.full((batch,), -1, device="cuda"), torch.tensor([7], device="cuda")
+    marked, done = seen.clone(), finished.clone()
+    pad = torch.tensor(4, device="cuda")
+    native.choose_greedy(logits, penalty, None if penalty == 1 else marked, done, ends, pad, tokens, slot)
+    assert torch.equal(tokens, expected) and int(slot) == 8
+    assert torch.equal(done, finished | (expected == ends))
+    if penalty != 1:
+        assert torch.equal(marked, seen.scatter(1, expected[:, None], True))
+    logits[0, 3] = float("nan")
+    native.choose_greedy(logits, 1.0, None, torch.zeros_like(done), None, pad, tokens, None)
+    assert int(tokens[0]) == 3 and int(slot) == 8
