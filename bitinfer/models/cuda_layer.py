@@ -1,9 +1,10 @@
-"""A decoder layer for one token of each sequence on an NVIDIA GPU: eight or nine kernels, and nothing for the host.
+"""Decoder layers on an NVIDIA GPU: for one token of each sequence eight or nine kernels, and nothing for the host.
 
 Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` do: the sum
 with the residual, the norm and the packing of q, k and v; these in one product; rotary embedding, cache and attention;
 packing and product of the output; the same again for gate and up; SiLU, packing and product of down. The sum behind
-down is left to the next layer, and the last one to the final norm.
+down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
+torch's attention.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bitinfer.backends.base import Problem
 from bitinfer.dispatch import select
-from bitinfer.models.cache import KVCache
+from bitinfer.models.cache import KVCache, Span
 from bitinfer.models.layers import DecoderLayer
 from bitinfer.nn import BinaryLinear
 
@@ -87,6 +88,24 @@ class CudaLayer:
         (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
         return _project_gated(gate, up, layer.down), hidden
 
+    def prompt(
+        self, x: Tensor, residual: Tensor | None, keys: Tensor, values: Tensor, span: Span
+    ) -> tuple[Tensor, Tensor]:
+        """Do what a call does for ``T`` tokens of each of ``B`` sequences, with torch's attention.
+
+        Args:
+            x, residual: ``[B * T, D]``.
+            keys, values: of this layer.
+            span: where the tokens go and what they see.
+        """
+        layer, batch = self.layer, keys.shape[0]
+        projected, hidden = _normed(x, residual, layer.input_norm, (layer.q, layer.k, layer.v))
+        q, k, v = (y.unflatten(0, (batch, -1)) for y in projected)
+        attended = layer.attention(q, k, v, keys, values, span).flatten(0, 1)
+        out = _project(attended, layer.o)
+        (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
+        return _project_gated(gate, up, layer.down), hidden
+
 
 def takes(layers: Sequence[DecoderLayer], norm: Any, cache: KVCache) -> bool:
     """Return whether :func:`run` can do what these layers and the norm behind them do over a cache."""
@@ -116,6 +135,27 @@ def run(layers: Sequence[DecoderLayer], norm: Any, embedded: Tensor, cache: KVCa
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         x, residual = CudaLayer(layer)(x, residual, keys, values, step)
     normed: Tensor = torch.ops.bitinfer_native.rms_norm(x, residual, norm.weight, norm.variance_epsilon)[0]
+    return normed
+
+
+def run_prompt(layers: Sequence[DecoderLayer], norm: Any, embedded: Tensor, cache: KVCache, span: Span) -> Tensor:
+    """Run ``T`` tokens of each sequence through all layers, and the last of each through the norm behind them.
+
+    Args:
+        layers, norm: of a model that :func:`takes` accepts.
+        embedded: ``[B, T, D]``.
+        cache: which holds what came before, and gets what comes.
+        span: where the tokens go and what they see.
+
+    Returns:
+        ``[B, D]``, which the head multiplies.
+    """
+    x, residual = embedded.flatten(0, 1), None
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        x, residual = CudaLayer(layer).prompt(x, residual, keys, values, span)
+    assert residual is not None
+    last = (y.unflatten(0, (cache.batch, -1))[:, -1] for y in (x, residual))
+    normed: Tensor = torch.ops.bitinfer_native.rms_norm(*last, norm.weight, norm.variance_epsilon)[0]
     return normed
 
 

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from bitinfer.int8_rows import RowsLinear
 from bitinfer.models import cuda_layer
 from bitinfer.models.cache import KVCache, Span, round_capacity
+from bitinfer.models.cpu_layer import CpuLayers, cpu_layers
 from bitinfer.models.layers import GATED, PROJECTIONS, DecoderLayer
 
 CHUNK = 1024  # tokens of a prompt that go through the layers at a time
+MOST_TOKENS = 32768  # of all prompts together
 FAMILIES = ("llama", "qwen3")  # transformers' model types
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 
@@ -66,6 +69,7 @@ class Decoder:
         self.kv_heads = int(config.num_key_value_heads)
         self.head_dim = self.layers[0].head_dim
         self.cache: KVCache | None = None
+        self.native: CpuLayers | None = None
         self.loop: Any = None  # of generation.py, over this cache
         self.cos = self.sin = torch.empty(0)
 
@@ -80,7 +84,11 @@ class Decoder:
         return parameter.device
 
     def reserve(self, batch: int, slots: int) -> KVCache:
-        """Return a cache for ``batch`` sequences of up to ``slots`` tokens: the last one, if it fits."""
+        """Return a cache for ``batch`` sequences of up to ``slots`` tokens: the last one, if it fits.
+
+        The layers are looked at anew: they may have been cast, or given another activation format.
+        """
+        self.native = cpu_layers(self.layers, self.norm, self.dtype, self.device, self.native)
         cache = self.cache
         fits = cache is not None and cache.batch == batch and slots <= cache.capacity <= 2 * round_capacity(slots)
         if cache is None or not fits or cache.keys.dtype != self.dtype or cache.keys.device != self.device:
@@ -101,12 +109,12 @@ class Decoder:
             ids: int64 ``[B, T]``, padded on the left.
             padding: int64 ``[B]``, how many of them are padding; None for none.
         """
-        assert self.cache is not None
-        hidden = torch.empty(0)
-        for start in range(0, ids.shape[1], CHUNK):
-            part = ids[:, start : start + CHUNK]
-            hidden = self._run(part, self._span(start, part.shape[1], padding))
-        return self._logits(hidden)
+        last = torch.empty(0)
+        chunk = max(1, min(CHUNK, MOST_TOKENS // len(ids)))
+        for start in range(0, ids.shape[1], chunk):
+            part = ids[:, start : start + chunk]
+            last = self._run(part, self._span(start, part.shape[1], padding))
+        return self.head(last)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, slot: int, padding: Tensor | None) -> Tensor:
@@ -115,7 +123,7 @@ class Decoder:
         Args:
             tokens: int64 ``[B]``.
         """
-        return self._logits(self._run(tokens.unsqueeze(1), self._span(slot, 1, padding)))
+        return self.head(self._run(tokens.unsqueeze(1), self._span(slot, 1, padding)))
 
     @torch.no_grad()
     def step_anywhere(self, tokens: Tensor, slot: Tensor, padding: Tensor | None) -> Tensor:
@@ -124,23 +132,26 @@ class Decoder:
         if cuda_layer.takes(self.layers, self.norm, self.cache):
             step = cuda_layer.Step(slot, padding, self.cos, self.sin)
             return self.head(cuda_layer.run(self.layers, self.norm, self.embed(tokens), self.cache, step))
-        return self._logits(self._run(tokens.unsqueeze(1), self._span_anywhere(slot, padding)))
+        return self.head(self._run(tokens.unsqueeze(1), self._span_anywhere(slot, padding)))
 
     def _run(self, ids: Tensor, span: Span) -> Tensor:
+        """Return what the head multiplies for the last of the tokens ``ids [B, T]``, ``[B, D]``."""
         assert self.cache is not None
         hidden: Tensor = self.embed(ids)
+        if cuda_layer.takes(self.layers, self.norm, self.cache):
+            return cuda_layer.run_prompt(self.layers, self.norm, hidden, self.cache, span)
         for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
             hidden = layer(hidden, keys, values, span)
-        return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self.norm(hidden[:, -1]))
+        last: Tensor = self.norm(hidden[:, -1])
+        return last
 
     def _span(self, start: int, count: int, padding: Tensor | None) -> Span:
         slots = torch.arange(start, start + count, device=self.device)
         read = start + count
-        mask = None
-        if padding is not None or (count > 1 and start > 0):
+        mask: Tensor | None = None
+        if padding is None and count > 1 and start > 0 and self.device.type == "cuda":
+            mask = causal_lower_right(count, read)  # which flash attention takes, and no mask of numbers
+        elif padding is not None or (count > 1 and start > 0):
             seen = torch.arange(read, device=self.device) <= slots.unsqueeze(1)
             mask = self._mask(seen, padding)
         cos, sin = self._rotary(slots, padding)

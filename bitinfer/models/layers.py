@@ -42,7 +42,19 @@ class DecoderLayer:
             span: where the tokens go and what they see.
         """
         normed = self.input_norm(hidden)
-        q, k, v = (self._heads(project(normed)) for project in (self.q, self.k, self.v))
+        attended = self.attention(self.q(normed), self.k(normed), self.v(normed), keys, values, span)
+        hidden = hidden + self.o(attended)
+        normed = self.post_norm(hidden)
+        return hidden + self.down(self.act(self.gate(normed)) * self.up(normed))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """Return what the output projection multiplies, ``[B, T, heads * head_dim]``, and write keys and values.
+
+        Args:
+            q, k, v: what the projections gave, ``[B, T, heads or kv_heads * head_dim]``.
+            keys, values, span: as above.
+        """
+        q, k, v = (self._heads(x) for x in (q, k, v))
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
@@ -51,9 +63,7 @@ class DecoderLayer:
         write(keys, k, span)
         write(values, v, span)
         attended = attend(q.transpose(1, 2), keys[:, :, : span.read], values[:, :, : span.read], span, self.scaling)
-        hidden = hidden + self.o(attended.transpose(1, 2).flatten(2))
-        normed = self.post_norm(hidden)
-        return hidden + self.down(self.act(self.gate(normed)) * self.up(normed))
+        return attended.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -359,6 +359,25 @@ def test_a_layer_is_the_layer_in_torch(kind: str, act_bits: int | None, dtype: t
             assert (new[:, :, :, 12].float() - old.float()).abs().max() <= tolerance + 0.05 * old.float().abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act_bits", [8, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_those_of_torch(kind: str, act_bits: int | None, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Prompts in one piece, and in chunks that see what came before, give the logits of the layers in torch."""
+    decoder = Decoder(model_of(kind, act_bits, dtype))
+    for padding in (None, [0, 7, 2]):
+        first = None if padding is None else torch.tensor(padding, device="cuda")
+        ids = torch.randint(3, 80, (3, 50), device="cuda")
+        decoder.reserve(3, 256)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_layer, "takes", lambda *arguments: False)
+            expected = decoder.prefill(ids, first).float()
+        tolerance = {None: 8, 8: 40}[act_bits] * torch.finfo(dtype).eps * expected.abs().max().item()
+        for chunk in (1024, 16):
+            monkeypatch.setattr("bitinfer.models.decoder.CHUNK", chunk)
+            assert (decoder.prefill(ids, first).float() - expected).abs().max().item() <= tolerance
+
+
 def test_layers_that_the_kernels_do_not_take() -> None:
     def taken(**sizes: Any) -> bool:
         model = model_of("fbi", 8, **sizes)
