@@ -71,6 +71,8 @@ def cpu_layers(
     # asks what is forced, too
     if device.type != "cpu" or select(Problem("sign_gemm", "cpu", dtype)).name != "cpu":
         return None
+    if not hasattr(torch.ops.bitinfer_native, "decoder_step"):  # a library built before it
+        return None
     norms = [norm, *(n for layer in layers for n in _norms(layer) if n is not None)]
     linears = [linear for layer in layers for linear in _linears(layer)]
     if not all(_is_norm(n, dtype) for n in norms) or not all(_is_packed(linear) for linear in linears):
