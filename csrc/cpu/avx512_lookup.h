@@ -1,5 +1,5 @@
 // sign_gemm with AVX-512: a table of sixteen sums for each four columns, in one register. Included like activations.h,
-// after sign_gemm.h and avx512.h.
+// after sign_gemm.h and avx512_digits.h.
 //
 // Bits 4*i ... 4*i+3 of a word index table i, and vpermps looks at no other bit: one lookup, one addition and one shift
 // for four weights of sixteen rows, and the shift serves all tokens. Bound by the one port that permutes.
@@ -97,6 +97,33 @@ struct Avx512Signs : Avx512Floats {
       block<2, T>(tile, offset, 0, words, tables + t * token_stride, token_stride, ahead, sums + t * kRows);
     }
   }
+};
+
+// sign_gemm by look-ups or by digits, whichever serves a weight better: look-ups where many short groups have an
+// epilogue each, and without matrix tiles for all that needs three digits. It does not depend on the number of tokens,
+// so that a token's result does not either.
+template <class Digits>
+struct Avx512SignGemm {
+  static bool looks_up(const SignGemm& p) {
+    const DigitRecord record = record_of<Digits>(p);
+    return (record.segments > 1 && record.segment_units <= kShortUnits) ||
+           (Digits::kPassColumns == 0 && p.x.dtype != Dtype::kBFloat16);
+  }
+  static int64_t pass(const SignGemm& p) {
+    return looks_up(p) ? sign_pass<Avx512Signs>(p) : digit_pass<Digits, SignGemm>(p);
+  }
+  static size_t prepared_bytes(const SignGemm& p) {
+    return looks_up(p) ? sign_prepared_bytes<Avx512Signs>(p) : digit_prepared_bytes<Digits, SignGemm>(p);
+  }
+  static void prepare(const SignGemm& p, std::byte* prepared, int64_t token_begin, int64_t token_end) {
+    return looks_up(p) ? sign_prepare<Avx512Signs>(p, prepared, token_begin, token_end)
+                       : sign_digits<Digits>(p, prepared, token_begin, token_end);
+  }
+  static void multiply(const SignGemm& p, const std::byte* prepared, int64_t row_begin, int64_t row_end) {
+    return looks_up(p) ? sign_multiply<Avx512Signs>(p, prepared, row_begin, row_end)
+                       : sign_digit_multiply<Digits>(p, prepared, row_begin, row_end);
+  }
+  static constexpr Gemm<SignGemm> kernel() { return {Avx512Signs::kRowTile, pass, prepared_bytes, prepare, multiply}; }
 };
 
 }  // namespace

@@ -9,7 +9,7 @@
 // while the counts are in cache. For sign_gemm it is sum_p sum_g scale * (token scale * sum_d 256^(last - d) I_d) in
 // float32; for popcount_gemm it is fixed to the rounding by bitinfer.ops.popcount_gemm.
 //
-// Isa provides: kTile, panel_tiles(record), Session, add_digits, add_integers: see avx512.h.
+// Isa provides: kTile, panel_tiles(record), Session, add_digits, add_integers: see avx512_digits.h.
 namespace bitinfer::cpu {
 namespace {
 
@@ -109,17 +109,18 @@ void sign_digit_multiply(const SignGemm& p, const std::byte* prepared, int64_t r
     for (int64_t s = 0; s < record.segments; ++s) {
       for (int64_t plane = 0; plane < w.planes; ++plane) {
         session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, counts.data());
-        for (int64_t t = 0; t < p.m; ++t) {
-          const int32_t digits = record.used(prepared)[t];
-          int32_t base[3] = {};
-          for (int32_t d = 0; d < digits; ++d) {
-            base[d] = record.base(prepared)[record.column(t, d) * record.segments + s];
-          }
-          for (int64_t tile = 0; tile < used; ++tile) {
-            const int32_t* count = counts.data() + tile * record.padded_columns() * kTile;
-            const int32_t* of_digit[3] = {};
-            for (int32_t d = 0; d < digits; ++d) of_digit[d] = count + record.column(t, d) * kTile;
-            Isa::add_digits(of_digit, base, digits, record.scale(prepared)[t], scales.at(plane, s, tile * kTile),
+        for (int64_t tile = 0; tile < used; ++tile) {
+          const int32_t* tile_counts = counts.data() + tile * record.padded_columns() * kTile;
+          const float* scale = scales.at(plane, s, tile * kTile);
+          for (int64_t t = 0; t < p.m; ++t) {
+            const int32_t digits = record.used(prepared)[t];
+            int32_t base[3] = {};
+            const int32_t* count[3] = {};
+            for (int32_t d = 0; d < digits; ++d) {
+              base[d] = record.base(prepared)[record.column(t, d) * record.segments + s];
+              count[d] = tile_counts + record.column(t, d) * kTile;
+            }
+            Isa::add_digits(count, base, digits, record.scale(prepared)[t], scale,
                             a.data() + (t * tiles + tile) * kTile);
           }
         }
@@ -148,6 +149,7 @@ void popcount_digit_multiply(const PopcountGemm& p, const std::byte* prepared, i
   const DigitRecord record = record_of<Isa>(p);
   const int64_t tiles = Isa::panel_tiles(record), panel_rows = tiles * kTile, blocks = p.blocks();
   const int64_t group = w.group_size ? w.group_size : w.k, block = p.block_size ? p.block_size : w.k;
+  const int64_t segment = p.segment();
   Buffer<float> a(p.m * panel_rows), bias(panel_rows);
   Buffer<int32_t> counts(tiles * record.padded_columns() * kTile);
   PanelScales<Isa> scales(w.scale, w.planes, w, panel_rows), shifts(w.group_shift, 1, w, panel_rows);
@@ -158,17 +160,18 @@ void popcount_digit_multiply(const PopcountGemm& p, const std::byte* prepared, i
     scales.load(n0, rows);
     shifts.load(n0, rows);
     for (int64_t i = 0; i < p.m * panel_rows; ++i) a[i] = 0;
-    for (int64_t s = 0; s < record.segments; ++s) {
-      const int64_t column = s * record.segment_words * kWordBits;
-      const int64_t g = column / (group ? group : 1), b = column / (block ? block : 1);
+    int64_t g = 0, b = 0, begin = 0;
+    for (int64_t s = 0; s < record.segments; ++s, begin += segment) {
+      g += begin == (g + 1) * group;  // a segment lies within one group and one block
+      b += begin == (b + 1) * block;
       for (int64_t plane = 0; plane < w.planes; ++plane) {
         session.count({w.signs + (plane * w.n + n0) * w.words(), w.words(), rows}, s, counts.data());
-        for (int64_t t = 0; t < p.m; ++t) {
-          const int32_t base = record.base(prepared)[t * record.segments + s];
-          for (int64_t tile = 0; tile < used; ++tile) {
-            Isa::add_integers(p.act_scale[t * blocks + b], scales.at(plane, g, tile * kTile), base,
-                              counts.data() + (tile * record.padded_columns() + t) * kTile,
-                              a.data() + (t * tiles + tile) * kTile);
+        for (int64_t tile = 0; tile < used; ++tile) {
+          const int32_t* count = counts.data() + tile * record.padded_columns() * kTile;
+          const float* scale = scales.at(plane, g, tile * kTile);
+          for (int64_t t = 0; t < p.m; ++t) {
+            Isa::add_integers(p.act_scale[t * blocks + b], scale, record.base(prepared)[t * record.segments + s],
+                              count + t * kTile, a.data() + (t * tiles + tile) * kTile);
           }
         }
       }

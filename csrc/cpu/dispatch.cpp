@@ -53,7 +53,7 @@ bool has_amx() {
 
 // In order of preference. To add an instruction set: kernels_<isa>.cpp, its declaration in dispatch.h and a line here.
 constexpr InstructionSet kInstructionSets[] = {
-    {"amx", "AMX (INT8) and the system's permission to use it, or what avx512 needs", amx_kernels, has_amx},
+    {"amx", "AMX (INT8), or the system's permission for it, or what avx512 needs", amx_kernels, has_amx},
     {"avx512", "AVX-512 (F, BW, VL, DQ, VNNI, VBMI) and GFNI", avx512_kernels, has_avx512},
     {"avx2", "AVX2, FMA and F16C", avx2_kernels, has_avx2},
     {"scalar", "nothing", scalar_kernels, always},

@@ -38,6 +38,8 @@
 #include "digits.h"
 #include "digit_gemm.h"
 #include "avx512.h"
+#include "avx512_digits.h"
+#include "avx512_lookup.h"
 // clang-format on
 
 namespace bitinfer::cpu {
@@ -52,13 +54,13 @@ struct alignas(64) TileConfiguration {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Unpacks `units` (at most 8) units of 16 rows from `bytes` on into tiles; `words` of the rows are left from there.
-void unpack_tiles(const uint8_t* const* rows, int64_t offset, int64_t units, int64_t words, uint8_t* tiles) {
+// Unpacks a chunk of 16 rows from `rows` on into tiles; `words` of a segment are left there.
+void unpack_tiles(const uint8_t* const* rows, int64_t units, int64_t words, uint8_t* tiles) {
+  static_assert(kChunk == 8, "units of sixteen words of sixteen rows");
   __m512i v[16];
-  const __mmask16 inside = lanes(words);
   for (int i = 0; i < 16; ++i) {
-    v[i] = _mm512_maskz_loadu_epi32(inside, rows[i] + offset);
-    _mm_prefetch(rows[i] + offset + kChunk * 8, _MM_HINT_T1);
+    v[i] = _mm512_maskz_loadu_epi32(lanes(words), rows[i]);
+    _mm_prefetch(rows[i] + kChunk * 8, _MM_HINT_T1);
   }
   transpose(v);
   for (int64_t u = 0; u < units; ++u, tiles += kTileBytes) {
@@ -71,17 +73,23 @@ void unpack_tiles(const uint8_t* const* rows, int64_t offset, int64_t units, int
   }
 }
 
-// C column tiles times R row tiles over `units` units. Sums start at zero or go on from `counts`, where those of the
-// two row tiles are `row_stride` apart.
+// Where the sums of a product come from and go to.
+struct Flow {
+  bool zero, load, store;
+};
+
+// C column tiles times R row tiles over `units` units. In `counts` the sums of the two row tiles are `row_stride`
+// apart.
 template <int C, int R>
-void multiply_tiles(const std::byte* const* digits, const uint8_t* bits, int64_t bits_stride, int64_t units, bool first,
+void multiply_tiles(const std::byte* const* digits, const uint8_t* bits, int64_t bits_stride, int64_t units, Flow flow,
                     int32_t* const* counts, int64_t row_stride) {
-  if (first) {
+  if (flow.zero) {
     _tile_zero(0);
     if constexpr (R == 2) _tile_zero(1);
     if constexpr (C == 2) _tile_zero(2);
     if constexpr (C == 2 && R == 2) _tile_zero(3);
-  } else {
+  }
+  if (flow.load) {
     _tile_loadd(0, counts[0], 64);
     if constexpr (R == 2) _tile_loadd(1, counts[0] + row_stride, 64);
     if constexpr (C == 2) _tile_loadd(2, counts[1], 64);
@@ -101,6 +109,7 @@ void multiply_tiles(const std::byte* const* digits, const uint8_t* bits, int64_t
     }
     if constexpr (C == 2 && R == 2) _tile_dpbsud(3, 5, 7);
   }
+  if (!flow.store) return;
   _tile_stored(0, counts[0], 64);
   if constexpr (R == 2) _tile_stored(1, counts[0] + row_stride, 64);
   if constexpr (C == 2) _tile_stored(2, counts[1], 64);
@@ -108,16 +117,26 @@ void multiply_tiles(const std::byte* const* digits, const uint8_t* bits, int64_t
 }
 
 struct Amx : Avx512Digits {
-  static constexpr int64_t kPassColumns = 512;
+  static constexpr int64_t kPassColumns = 256;
   static constexpr bool tiled(int64_t columns) { return columns > 6; }
-  static constexpr int64_t panel_tiles(const DigitRecord& record) { return record.tiled ? kPanelTiles : 1; }
+  // Sums of at most two column tiles stay in registers over a whole segment.
+  static bool resident(const DigitRecord& record) { return record.column_tiles() <= 2; }
+
+  // Many rows, so that digits which come from the third-level cache serve them all; fewer, where digits stay nearer or
+  // the sums of a short segment must; two tiles for sums in registers.
+  static int64_t panel_tiles(const DigitRecord& record) {
+    if (!record.tiled) return TileCounter::panel_tiles(record);
+    if (resident(record)) return 2;
+    const bool near = record.padded_columns() * record.units * kUnit <= 1 << 19;
+    return near || record.segment_units < kChunk ? kPanelTiles / 4 : kPanelTiles;
+  }
 
   class Session {
    public:
     Session(const DigitRecord& record, const std::byte* prepared)
         : record_(record),
           prepared_(prepared),
-          columns_(record.columns_in_use(prepared)),
+          few_(record, prepared),
           tiles_(record.tiled ? record.column_tiles() : 0),
           bits_(record.tiled ? kPanelTiles * kChunk * kTileBytes : 0) {
       if (!record.tiled) return;
@@ -134,19 +153,30 @@ struct Amx : Avx512Digits {
     Session& operator=(const Session&) = delete;
 
     void count(const Panel& panel, int64_t segment, int32_t* counts) {
-      if (!record_.tiled) return count_tile(panel, record_, columns_, segment, prepared_, counts);
+      if (!record_.tiled) return few_.count(panel, segment, counts);
       const int64_t word = segment * record_.segment_words, words = record_.words_of(segment);
       const int64_t units = (words + 1) / 2, row_tiles = (panel.rows + kTile - 1) / kTile;
-      for (int64_t u = 0; u < units; u += kChunk) {
+      for (int64_t u = 0; u == 0 || u < units; u += kChunk) {
         const int64_t chunk = units - u < kChunk ? units - u : kChunk;
-        for (int64_t r = 0; r < row_tiles; ++r) unpack(panel, r, word + 2 * u, words - 2 * u, chunk);
+        // the next panel; if that is large, only what the next chunk will be
+        const int64_t full = panel_tiles(record_) * kTile;
+        Ahead ahead(panel.first + full * panel.words, full * panel.words * kWordBytes,
+                    full * (word + 2 * u) * kWordBytes);
+        for (int64_t r = 0; r < row_tiles; ++r) {
+          if (panel_tiles(record_) < kPanelTiles) ahead.lines(2 * chunk);
+          const uint8_t* rows[16];
+          row_bytes(panel, r * kTile, word + 2 * u, rows);
+          unpack_tiles(rows, chunk, words - 2 * u, bits_.data() + r * kChunk * kTileBytes);
+        }
+        const bool first = u == 0, last = u + chunk >= units, stay = resident(record_);
+        const Flow flow{first, !first && !stay, last || !stay};
         asm volatile("" ::: "memory");  // what the tile instructions read is in memory, unknown to gcc's intrinsics
         for (int64_t c = 0; c < used_; c += 2) {
           const int64_t unit = segment * record_.segment_units + u;
           if (c + 1 < used_) {
-            multiply<2>(&tiles_[c], unit, chunk, row_tiles, u == 0, counts);
+            multiply<2>(&tiles_[c], unit, chunk, row_tiles, flow, counts);
           } else {
-            multiply<1>(&tiles_[c], unit, chunk, row_tiles, u == 0, counts);
+            multiply<1>(&tiles_[c], unit, chunk, row_tiles, flow, counts);
           }
         }
       }
@@ -155,21 +185,13 @@ struct Amx : Avx512Digits {
    private:
     const DigitRecord& record_;
     const std::byte* prepared_;
-    int64_t columns_, used_ = 0;
+    TileCounter few_;
+    int64_t used_ = 0;
     Buffer<int64_t> tiles_;  // the column tiles in use
     Buffer<uint8_t> bits_;   // [row tile][unit of the chunk]
 
-    void unpack(const Panel& panel, int64_t row_tile, int64_t word, int64_t words, int64_t units) {
-      const uint8_t* rows[16];
-      row_bytes(panel, row_tile * kTile, word, rows);
-      for (int64_t u = 0; u < units; u += 8) {
-        const int64_t left = units - u < 8 ? units - u : 8;
-        unpack_tiles(rows, 8 * u, left, words - 2 * u, bits_.data() + (row_tile * kChunk + u) * kTileBytes);
-      }
-    }
-
     template <int C>
-    void multiply(const int64_t* tiles, int64_t unit, int64_t units, int64_t row_tiles, bool first, int32_t* counts) {
+    void multiply(const int64_t* tiles, int64_t unit, int64_t units, int64_t row_tiles, Flow flow, int32_t* counts) {
       const int64_t row_stride = record_.padded_columns() * kTile;
       const std::byte* digits[C];
       int32_t* sums[C];
@@ -180,9 +202,9 @@ struct Amx : Avx512Digits {
       for (int64_t r = 0; r < row_tiles; r += 2) {
         const uint8_t* bits = bits_.data() + r * kChunk * kTileBytes;
         if (r + 1 < row_tiles) {
-          multiply_tiles<C, 2>(digits, bits, kChunk * kTileBytes, units, first, sums, row_stride);
+          multiply_tiles<C, 2>(digits, bits, kChunk * kTileBytes, units, flow, sums, row_stride);
         } else {
-          multiply_tiles<C, 1>(digits, bits, kChunk * kTileBytes, units, first, sums, row_stride);
+          multiply_tiles<C, 1>(digits, bits, kChunk * kTileBytes, units, flow, sums, row_stride);
         }
         for (int i = 0; i < C; ++i) sums[i] += 2 * row_stride;
       }
@@ -190,13 +212,12 @@ struct Amx : Avx512Digits {
   };
 };
 
-constexpr Kernels kKernels = {
-    pack_signs<Amx>,
-    pack_activations<Amx>,
-    {32, digit_pass<Amx, SignGemm>, digit_prepared_bytes<Amx, SignGemm>, sign_digits<Amx>, sign_digit_multiply<Amx>},
-    {32, digit_pass<Amx, PopcountGemm>, digit_prepared_bytes<Amx, PopcountGemm>, popcount_digits<Amx>,
-     popcount_digit_multiply<Amx>},
-    layer_norm<Amx>};
+constexpr Kernels kKernels = {pack_signs<Amx>,
+                              pack_activations<Amx>,
+                              Avx512SignGemm<Amx>::kernel(),
+                              {64, digit_pass<Amx, PopcountGemm>, digit_prepared_bytes<Amx, PopcountGemm>,
+                               popcount_digits<Amx>, popcount_digit_multiply<Amx>},
+                              layer_norm<Amx>};
 
 }  // namespace
 }  // namespace bitinfer::cpu

@@ -29,6 +29,7 @@
 #include "digits.h"
 #include "digit_gemm.h"
 #include "avx512.h"
+#include "avx512_digits.h"
 #include "avx512_lookup.h"
 // clang-format on
 
@@ -36,26 +37,17 @@ namespace bitinfer::cpu {
 namespace {
 
 struct Vnni : Avx512Digits {
-  static constexpr int64_t kPassColumns = 0;
+  static constexpr int64_t kPassColumns = 0;  // no tiles
   static constexpr bool tiled(int64_t) { return false; }
-  static constexpr int64_t panel_tiles(const DigitRecord&) { return 1; }
+  static int64_t panel_tiles(const DigitRecord& record) { return TileCounter::panel_tiles(record); }
 
-  struct Session {
-    const DigitRecord& record;
-    const std::byte* prepared;
-    int64_t columns;
-
-    Session(const DigitRecord& r, const std::byte* p) : record(r), prepared(p), columns(r.columns_in_use(p)) {}
-    void count(const Panel& panel, int64_t segment, int32_t* counts) {
-      count_tile(panel, record, columns, segment, prepared, counts);
-    }
-  };
+  using Session = TileCounter;
 };
 
 constexpr Kernels kKernels = {pack_signs<Vnni>,
                               pack_activations<Vnni>,
-                              sign_gemm_kernel<Avx512Signs>(),
-                              {16, digit_pass<Vnni, PopcountGemm>, digit_prepared_bytes<Vnni, PopcountGemm>,
+                              Avx512SignGemm<Vnni>::kernel(),
+                              {64, digit_pass<Vnni, PopcountGemm>, digit_prepared_bytes<Vnni, PopcountGemm>,
                                popcount_digits<Vnni>, popcount_digit_multiply<Vnni>},
                               layer_norm<Vnni>};
 

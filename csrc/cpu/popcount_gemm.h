@@ -92,7 +92,7 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
   Buffer<float> staging(w.scale || w.group_shift ? plane_floats : 0), bias(kRows);
   Buffer<int32_t> count(p.m * kRows);
   typename Isa::Tile tile;
-  Ahead ahead(nullptr);
+  Ahead ahead;
   for (int64_t n0 = row_begin; n0 < row_end; n0 += kRows) {
     const int64_t rows = row_end - n0 < kRows ? row_end - n0 : kRows;
     for (int64_t i = 0; i < p.m * kRows; ++i) a[i] = 0;
@@ -112,7 +112,7 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
           const int64_t chunk = (end < tile_end ? end : tile_end) - w0;
           if (offset == 0 || w.planes > 1) {  // planes of several segments take turns
             tile.load(signs + tile_begin, words, rows, words - tile_begin < kWords ? words - tile_begin : kWords);
-            ahead = Ahead(signs + kRows * (words + tile_begin));
+            ahead = Ahead(signs + kRows * words, kRows * words * kWordBytes, kRows * tile_begin * kWordBytes);
           }
           Isa::lookup(tile, offset, rows, chunk, p.bits, prepared + w0 * record.table_bytes, record.stride, p.m, ahead,
                       count.data());

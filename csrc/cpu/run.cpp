@@ -36,8 +36,12 @@ void run_gemm(const Gemm<Problem>& gemm, void (*layer_norm)(const LayerNorm&, in
               std::optional<double> norm_eps, ParallelFor parallel_for) {
   const int64_t n = problem.weight.n, k = problem.weight.k;
   if (problem.m == 0 || n == 0) return;
-  const int64_t pass = std::min(problem.m, gemm.pass(problem));
-  Buffer<std::byte> prepared(static_cast<int64_t>(gemm.prepared_bytes(tokens(problem, 0, pass))));
+  // passes of about the same size, by eights
+  const int64_t most = gemm.pass(problem), passes = (problem.m + most - 1) / most;
+  const int64_t pass = std::min(problem.m, ((problem.m + passes - 1) / passes + 7) / 8 * 8);
+  const int64_t last = (problem.m - 1) % pass + 1;
+  Buffer<std::byte> prepared(static_cast<int64_t>(
+      std::max(gemm.prepared_bytes(tokens(problem, 0, pass)), gemm.prepared_bytes(tokens(problem, 0, last)))));
   Buffer<float> sums(norm_eps ? pass * n : 0);
   for (int64_t begin = 0; begin < problem.m; begin += pass) {
     Problem part = tokens(problem, begin, std::min(pass, problem.m - begin));

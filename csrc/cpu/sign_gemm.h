@@ -17,6 +17,8 @@
 namespace bitinfer::cpu {
 namespace {
 
+constexpr int64_t kWordBytes = sizeof(uint32_t);
+
 // A prepared token: tables [words * kTableFloats], sums of z per group [groups], the in_shift product [1].
 template <class Isa>
 struct SignRecord {
@@ -68,13 +70,17 @@ void sign_prepare(const SignGemm& p, std::byte* prepared, int64_t token_begin, i
   }
 }
 
-// Converts source[row, g] of `rows` rows from row0 on to out[g * stride + row].
+// Converts source[row, g] of `rows` rows from row0 on to out[g * stride + row]. An Isa may transpose faster.
 template <class Isa>
 void load_row_scales(Floats source, int64_t row0, int64_t rows, int64_t groups, int64_t stride, float* staging,
                      float* out) {
   Isa::load_floats(source + row0 * groups, rows * groups, staging);
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t r = 0; r < rows; ++r) out[g * stride + r] = staging[r * groups + g];
+  if constexpr (requires { Isa::transpose_floats(staging, rows, groups, stride, out); }) {
+    Isa::transpose_floats(staging, rows, groups, stride, out);
+  } else {
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t r = 0; r < rows; ++r) out[g * stride + r] = staging[r * groups + g];
+    }
   }
 }
 
@@ -89,7 +95,7 @@ void sign_multiply(const SignGemm& p, const std::byte* prepared, int64_t row_beg
   const int64_t scale_floats = w.scale || w.group_shift ? groups * kRows : 0;
   Buffer<float> total(p.m * kRows), sums(p.m * kRows), scale(scale_floats), staging(scale_floats), bias(kRows);
   typename Isa::Tile tile;
-  Ahead ahead(nullptr);
+  Ahead ahead;
   for (int64_t n0 = row_begin; n0 < row_end; n0 += kRows) {
     const int64_t rows = row_end - n0 < kRows ? row_end - n0 : kRows;
     for (int64_t i = 0; i < p.m * kRows; ++i) total[i] = 0;
@@ -109,7 +115,7 @@ void sign_multiply(const SignGemm& p, const std::byte* prepared, int64_t row_beg
           const int64_t count = (word_end < tile_end ? word_end : tile_end) - w0;
           if (offset == 0) {
             tile.load(signs + w0, words, rows, words - w0 < kWords ? words - w0 : kWords);
-            ahead = Ahead(signs + kRows * (words + tile_begin));
+            ahead = Ahead(signs + kRows * words, kRows * words * kWordBytes, kRows * tile_begin * kWordBytes);
           }
           Isa::lookup(tile, offset, rows, count, tokens + w0 * Isa::kTableFloats, record.stride, p.m, ahead, target);
           w0 += count;
