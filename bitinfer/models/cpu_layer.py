@@ -1,11 +1,11 @@
-"""All decoder layers of a step of one token a sequence in one call of the compiled CPU library (``decoder.cpp``).
+"""A step of one token a sequence, all layers and the head, in one call of the compiled CPU library (``decoder.cpp``).
 
 The library holds a model as a handle: which tensors its layers have, not copies of them. Threads go through a whole
 step together, so that nothing waits for Python, for torch's dispatcher, or for a thread to wake up.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +17,25 @@ from bitinfer.models.cache import KVCache
 from bitinfer.models.layers import DecoderLayer
 from bitinfer.nn import BinaryLinear
 
+FEW_TOKENS = 3  # whose products with the head wait for memory and not for arithmetic
+Head = Callable[[Tensor], Tensor]
+
 
 class CpuLayers:
-    """The layers of a model, and the norm behind them, as the compiled library holds them.
+    """The layers of a model, with the norm and the head behind them, as the compiled library holds them.
 
     Args:
-        layers, norm: those that :func:`cpu_layers` found fit.
+        layers, norm, head: those that :func:`cpu_layers` found fit.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: Any) -> None:
-        self.state = state_of(layers, norm)
-        native, first = torch.ops.bitinfer_native, layers[0]
+    def __init__(self, layers: Sequence[DecoderLayer], norm: Any, head: Head) -> None:
+        self.state, self.head = state_of(layers, norm, head), head
+        self.weight = _dense_weight(head, norm.weight.dtype)
+        native = torch.ops.bitinfer_native
+        first: Any = layers[0]
         heads, kv_heads = (linear.out_features // first.head_dim for linear in (first.q, first.k))
-        last_norm = (norm.weight, norm.variance_epsilon)
-        self.handle: int = native.decoder_new(heads, kv_heads, first.head_dim, first.scaling, *last_norm)
+        last = (norm.weight, norm.variance_epsilon, self.weight)
+        self.handle: int = native.decoder_new(heads, kv_heads, first.head_dim, first.scaling, *last)
         weakref.finalize(self, native.decoder_free, self.handle)
         for layer in layers:
             for linear in _linears(layer):
@@ -41,30 +46,35 @@ class CpuLayers:
     def step(
         self, hidden: Tensor, cache: KVCache, cos: Tensor, sin: Tensor, slot: int, padding: Tensor | None
     ) -> Tensor:
-        """Put one token of each sequence through all layers and the norm behind them, in place.
+        """Run one token of each sequence and return the logits behind it, ``[B, V]``.
 
         Args:
-            hidden: ``[B, D]``, contiguous.
+            hidden: ``[B, D]``, contiguous, the embedded tokens; what the head multiplies is written over them.
             cache: of all layers; it gets the tokens' keys and values.
             cos, sin: ``[capacity, head_dim]``, the rotary embedding by position.
             slot: where the tokens go.
             padding: int64 ``[B]``, slots ahead of the first token of each sequence; None for none.
-
-        Returns:
-            ``hidden``, which the head multiplies.
         """
-        arguments = (cache.keys, cache.values, cos, sin, slot, padding)
+        logits: Tensor | None = None
+        if self.weight is not None and len(hidden) <= FEW_TOKENS:
+            logits = hidden.new_empty(len(hidden), len(self.weight))
+        arguments = (cache.keys, cache.values, cos, sin, slot, padding, logits)
         torch.ops.bitinfer_native.decoder_step(self.handle, hidden, *arguments)
-        return hidden
+        return self.head(hidden) if logits is None else logits
 
 
 def cpu_layers(
-    layers: Sequence[DecoderLayer], norm: nn.Module, dtype: torch.dtype, device: torch.device, last: CpuLayers | None
+    layers: Sequence[DecoderLayer],
+    norm: nn.Module,
+    head: Head,
+    dtype: torch.dtype,
+    device: torch.device,
+    last: CpuLayers | None,
 ) -> CpuLayers | None:
     """Return what runs these layers in one call, None where nothing does.
 
     Args:
-        layers, norm: of a model.
+        layers, norm, head: of a model.
         dtype, device: of its activations.
         last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
     """
@@ -77,12 +87,12 @@ def cpu_layers(
     linears = [linear for layer in layers for linear in _linears(layer)]
     if not all(_is_norm(n, dtype) for n in norms) or not all(_is_packed(linear) for linear in linears):
         return None
-    return last if last is not None and last.state == state_of(layers, norm) else CpuLayers(layers, norm)
+    return last if last is not None and last.state == state_of(layers, norm, head) else CpuLayers(layers, norm, head)
 
 
-def state_of(layers: Sequence[DecoderLayer], norm: Any) -> tuple[Any, ...]:
+def state_of(layers: Sequence[DecoderLayer], norm: Any, head: Head) -> tuple[Any, ...]:
     """Return what changes when a tensor is replaced or cast, or another activation format is set."""
-    values: list[Any] = [norm.weight, norm.variance_epsilon]
+    values: list[Any] = [norm.weight, norm.variance_epsilon, head, _dense_weight(head, norm.weight.dtype)]
     for layer in layers:
         for linear in _linears(layer):
             values += _arguments(linear)
@@ -124,6 +134,13 @@ def _is_norm(norm: nn.Module, dtype: torch.dtype) -> bool:
     if not isinstance(weight, Tensor) or not isinstance(eps, float) or _has_hooks(norm):
         return False
     return weight.dtype == dtype and weight.is_contiguous()
+
+
+def _dense_weight(head: Any, dtype: torch.dtype) -> Tensor | None:
+    """Return the weight of a head that is a plain linear layer."""
+    if type(head) is not nn.Linear or head.bias is not None or _has_hooks(head):
+        return None
+    return head.weight if head.weight.dtype == dtype and head.weight.is_contiguous() else None
 
 
 def _has_hooks(module: nn.Module) -> bool:

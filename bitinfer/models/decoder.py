@@ -88,7 +88,7 @@ class Decoder:
 
         The layers are looked at anew: they may have been cast, or given another activation format.
         """
-        self.native = cpu_layers(self.layers, self.norm, self.dtype, self.device, self.native)
+        self.native = cpu_layers(self.layers, self.norm, self.head, self.dtype, self.device, self.native)
         cache = self.cache
         fits = cache is not None and cache.batch == batch and slots <= cache.capacity <= 2 * round_capacity(slots)
         if cache is None or not fits or cache.keys.dtype != self.dtype or cache.keys.device != self.device:
@@ -123,6 +123,8 @@ class Decoder:
         Args:
             tokens: int64 ``[B]``.
         """
+        if self.native is not None and self.cache is not None:
+            return self.native.step(self.embed(tokens), self.cache, self.cos, self.sin, slot, padding)
         return self.head(self._run(tokens.unsqueeze(1), self._span(slot, 1, padding)))
 
     @torch.no_grad()

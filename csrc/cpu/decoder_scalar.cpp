@@ -1,0 +1,65 @@
+// The portable table of what stands between the products of a decoder layer.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "buffer.h"
+#include "decoder_kernels.h"
+#include "decoder_rows.h"
+
+namespace bitinfer::cpu {
+namespace {
+
+struct Scalar {
+  static void load_floats(Floats src, int64_t n, float* dst) {
+    if (n == 0) return;
+    if (src.dtype == Dtype::kFloat32) {
+      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
+      return;
+    }
+    const auto* values = static_cast<const uint16_t*>(src.data);
+    const bool half = src.dtype == Dtype::kFloat16;
+    for (int64_t i = 0; i < n; ++i) dst[i] = half ? half_to_float(values[i]) : bfloat16_to_float(values[i]);
+  }
+
+  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
+    if (n == 0) return;
+    if (dtype == Dtype::kFloat32) {
+      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
+      return;
+    }
+    auto* values = static_cast<uint16_t*>(dst);
+    const bool half = dtype == Dtype::kFloat16;
+    for (int64_t i = 0; i < n; ++i) values[i] = half ? float_to_half(src[i]) : float_to_bfloat16(src[i]);
+  }
+
+  static float dot(const float* x, const float* y, int64_t n) {
+    float part[kLanes] = {};
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) part[j] += x[i + j] * y[i + j];
+    }
+    for (int64_t i = n / kLanes * kLanes; i < n; ++i) part[i % kLanes] += x[i] * y[i];
+    return total(part);
+  }
+
+  static float dot_of(Floats x, const float* y, int64_t n, int64_t) {
+    if (x.dtype == Dtype::kFloat32) return dot(static_cast<const float*>(x.data), y, n);
+    constexpr int64_t kPiece = 64;
+    float piece[kPiece], sum = 0;
+    for (int64_t i = 0; i < n; i += kPiece) {
+      const int64_t count = n - i < kPiece ? n - i : kPiece;
+      load_floats(x + i, count, piece);
+      sum += dot(piece, y + i, count);
+    }
+    return sum;
+  }
+};
+
+constexpr DecoderKernels kKernels = decoder_kernels<Scalar>();
+
+}  // namespace
+
+const DecoderKernels* decoder_scalar() { return &kKernels; }
+
+}  // namespace bitinfer::cpu
