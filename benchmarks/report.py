@@ -1,7 +1,7 @@
 """Write docs/performance.md from the committed results: ``python benchmarks/report.py`` (``--check`` only compares).
 
 A result is what ``bitinfer bench kernels --json benchmarks/results/<name>.json`` or ``bench model`` wrote. ``--plot``
-draws the figures of the CUDA results again, beside them; the page shows those that are there.
+draws the figures of the results again, beside them; the page shows those that are there.
 """
 
 import json
@@ -23,22 +23,23 @@ medians, with the interquartile range behind; *memory* is the packed bytes of th
 the read bandwidth that the same process measured; the last columns say how many times faster a call is than torch's
 dense `F.linear` of the same shape in the same run (below 1 it is slower). `popcount_gemm` is timed on activations that
 are packed already; `pack_activations` has its own rows.
+
+On a CPU the calls for one shape and number of tokens take turns, and the bandwidth is measured again for each shape.
+`ggml` is `ggml_mul_mat` of the library that llama-cpp-python brings, on its narrowest types; it quantises activations
+to 8 bits within the call. torch multiplies float32 by MKL, which obeys `MKL_ENABLE_INSTRUCTIONS`, and bfloat16 by
+oneDNN, which obeys `ONEDNN_MAX_CPU_ISA`; a title says if they were set.
 """
 GPU_INTRODUCTION = """On a GPU a time is that of one launch within a CUDA graph of many, by device events, and the
 spread is over replays; `binary_linear` is `pack_activations` and `popcount_gemm` together; *TOPS* are 2 M N K over the
 time, and *peak* is their share of what the matrix units were measured to do at that width. The last columns compare
 with cuBLAS in fp16 (`F.linear`) and fp8 (`torch._scaled_mm`), and with other libraries where they were installed.
 """
-HEADER = (
-    "| op | activations | N x K | M | median | iqr | memory | vs fp32 | vs bf16 |\n"
-    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-)
+PEERS = {"F.linear fp32": "vs fp32", "F.linear bf16": "vs bf16", "ggml Q1_0": "vs Q1_0", "ggml TQ2_0": "vs TQ2_0"}
 OURS = ("sign_gemm", "popcount_gemm", "binary_linear", "pack_activations", "pack_signs")
 
 
-def row(r: dict[str, Any]) -> str:
+def row(r: dict[str, Any], peers: list[str]) -> str:
     """Return one measurement on a CPU as a line of the table."""
-    ratios = (f"{r['ratios'][key]:.1f}" if key in r["ratios"] else "" for key in ("F.linear fp32", "F.linear bf16"))
     memory = f"{100 * r['bandwidth_share']:.0f}%" if r["op"] not in ("pack_activations", "pack_signs") else ""
     cells = (
         f"`{r['op']}`",
@@ -48,7 +49,7 @@ def row(r: dict[str, Any]) -> str:
         f"{r['median_us']:,.0f} us",
         f"{r['iqr_us']:,.0f}",
         memory,
-        *ratios,
+        *(f"{r['ratios'][peer]:.1f}" if peer in r["ratios"] else "" for peer in peers),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -79,15 +80,26 @@ def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(result["measurements"], key=lambda r: (order.index(r["op"]), r["n"] * r["k"], r["k"], r["m"]))
 
 
-def section(result: dict[str, Any]) -> str:
-    """Return one run on a CPU: the machine, then the table."""
+def section(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> str:
+    """Return one run on a CPU: the machine, what could not be measured, figures, then the table."""
     m = result["machine"]
     title = f"## {m['device_name']}, {m['isa'] or m['device']}, {m['threads']} thread{'s' * (m['threads'] != 1)}"
+    held = [f"torch's {name} held to {isa}" for name, isa in (m.get("torch_isa") or {}).items()]
     facts = (
         f"bitinfer {m['bitinfer']} at {m['commit']}, torch {m['torch']}, Python {m['python']}; memory reads "
         f"{result['bandwidth_gb_per_s']:.1f} GB/s; load average {m['load']:.1f} on {m['cores']} cores."
     )
-    return "\n".join([title, "", facts, "", HEADER, *map(row, ordered(result)), ""])
+    notes = [f"- {note}" for note in result["notes"]]
+    figure = f"{stem}-roofline.png"
+    figures = [f"![{figure}](../benchmarks/results/{figure})"] if (folder / figure).exists() else []
+    found = {peer for r in result["measurements"] for peer in r["ratios"]}
+    peers = [peer for peer in PEERS if peer in found]
+    names = ["op", "activations", "N x K", "M", "median", "iqr", "memory", *(PEERS[peer] for peer in peers)]
+    header = f"| {' | '.join(names)} |\n| {' | '.join(['---'] * 3 + ['---:'] * (len(names) - 3))} |"
+    parts = [", ".join([title, *held]), "", facts, ""]
+    for block in (notes, figures):
+        parts += [*block, ""] if block else []
+    return "\n".join([*parts, header, *(row(r, peers) for r in ordered(result)), ""])
 
 
 def gpu_section(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> str:
@@ -143,7 +155,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     gpus = {stem: r for stem, r in results.items() if r["machine"]["device"] == "cuda" and stem not in models}
     sections = [model_section(r, stem) for stem, r in models.items()]
     sections += [gpu_section(r, stem) for stem, r in gpus.items()]
-    sections += [section(r) for stem, r in results.items() if stem not in gpus and stem not in models]
+    sections += [section(r, stem) for stem, r in results.items() if stem not in gpus and stem not in models]
     return "\n".join([INTRODUCTION, *([GPU_INTRODUCTION] if gpus else []), *sections])
 
 
@@ -152,8 +164,8 @@ def main() -> int:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     if "--plot" in sys.argv[1:]:
         for stem, result in results.items():
-            if result["machine"]["device"] == "cuda" and "name" not in result:
-                plot(result, RESULTS, stem)
+            if "name" not in result:
+                plot(result, RESULTS, stem, sweeps=result["machine"]["device"] == "cuda")
     text = page(results)
     if "--check" in sys.argv[1:]:
         if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:

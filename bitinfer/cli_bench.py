@@ -48,7 +48,7 @@ def kernels(
     isa: Annotated[str | None, typer.Option(help="Force an instruction set of the cpu backend.")] = None,
     peers: Annotated[
         str | None,
-        typer.Option(help="On CUDA, what to compare with: torch, fp8, triton, gemlite, humming; by default all."),
+        typer.Option(help="Compare with ggml on a CPU, torch, fp8, triton, gemlite, humming on CUDA; by default all."),
     ] = None,
     peer_seconds: Annotated[float, typer.Option(help="How long gemlite and humming may take, each in all.")] = 240.0,
     layout: Annotated[str, typer.Option(help="On CUDA, which terms the weights have: fbi, onebit, row, plain ...")] = (
@@ -67,8 +67,6 @@ def kernels(
     from bitinfer.bench import bench_kernels, parse_shapes, parse_tokens
     from bitinfer.bench.plot import plot as draw
 
-    if plot is not None and device != "cuda":
-        raise ValueError("--plot draws the results of --device cuda alone")
     if quick:
         shapes, tokens = "130m", "1"
     try:

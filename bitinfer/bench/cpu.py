@@ -1,7 +1,8 @@
-"""Time each op on the CPU at the shapes of FBI-LLM, against ``F.linear`` in float32 and bfloat16.
+"""Time each op on the CPU at the shapes of FBI-LLM, against ``F.linear`` in float32 and bfloat16 and against ggml.
 
 Weights rotate through twice the last cache. Results are checked against the float64 oracle for floating point
-activations, and for equality with the reference backend for integer ones.
+activations, and for equality with the reference backend for integer ones. The calls for one shape and number of tokens
+take turns, and memory is read beside each shape: a machine that slows down for a while slows all of them alike.
 """
 
 import statistics
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bitinfer import ops
 from bitinfer.backends.base import Problem
+from bitinfer.bench import ggml
 from bitinfer.bench.machine import cache_bytes, describe, read_bandwidth
 from bitinfer.bench.report import BenchReport, Case, Measurement, fill_ratios, to_measurement, wanted
 from bitinfer.dispatch import BACKENDS, select
@@ -23,6 +25,7 @@ from bitinfer.packing import WORD_BITS, unpack_signs, words_per_row
 from bitinfer.testing.oracle import exact_linear, fp_error_bound
 from bitinfer.weight import BinaryWeight
 
+MIN_CALLS, MAX_CALLS = 7, 10_000
 MAX_COPIES = 20_000  # reached by matrices of a few kilobytes alone
 CHECKED_ROWS = 64  # of a float64 product; the op computes every row
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -34,6 +37,9 @@ OPS = (
     ("pack_activations", "int8"),
     ("pack_signs", "fp32"),
 )
+GEMM_OPS = ("sign_gemm", "popcount_gemm", "pack_activations")
+TURN = 0.03  # seconds of calls before the next case has its turn
+SKIPPED = 2  # calls at the start of a turn: other libraries' threads may still be waiting for work
 
 
 def bench(
@@ -41,34 +47,40 @@ def bench(
     tokens: Sequence[int],
     only: Sequence[str],
     seconds: float,
+    peers: bool,
     progress: Callable[[int, int, str], None] | None,
 ) -> BenchReport:
     """Measure; see :func:`bitinfer.bench.bench_kernels`."""
-    report = BenchReport({"device": "cpu", **describe()}, read_bandwidth() / 1e9)
-    chosen = [op for op, activations in OPS if wanted(op, activations, only)]
-    packs = chosen.count("pack_signs")
-    done, total = 0, len(shapes) * (packs + len(tokens) * (len(DENSE) + len(chosen) - packs))
+    reason = ggml.missing() if peers else None
+    report = BenchReport({"device": "cpu", **describe()}, 0.0, notes=[reason] if reason else [])
+    with_ggml = peers and reason is None
+    done, total = 0, sum(_count(k, tokens, only, with_ggml) for _, k in shapes)
+    bandwidths = []
     for n, k in shapes:
-        first = len(report.measurements)
-        for case in _cases(n, k, tokens):
-            if case.op != "F.linear" and not wanted(case.op, case.activations, only):
-                continue
-            if progress is not None:
-                progress(done, total, f"{case.name}  {n} x {k}  M={case.m}")
-            report.measurements.append(measure(case, seconds, report.bandwidth_gb_per_s))
-            done += 1
-        fill_ratios(report.measurements[first:])
+        bandwidths.append(read_bandwidth() / 1e9)
+        for cases in _groups(n, k, tokens, only, with_ggml):
+            for i, case in enumerate(cases):
+                if progress is not None:
+                    progress(done + i, total, f"{case.name}  {n} x {k}  M={case.m}")
+                case.check()
+            rows = measure(cases, seconds, bandwidths[-1])
+            fill_ratios(rows)
+            report.measurements += rows
+            done += len(rows)
+    report.bandwidth_gb_per_s = statistics.median(bandwidths) if bandwidths else read_bandwidth() / 1e9
     if progress is not None:
         progress(total, total, "done")
     return report
 
 
-def measure(case: Case, seconds: float, bandwidth_gb_per_s: float) -> Measurement:
-    """Check a case, then time it."""
-    case.check()
+def measure(cases: Sequence[Case], seconds: float, bandwidth_gb_per_s: float) -> list[Measurement]:
+    """Time cases, which have been checked, in turns."""
     with torch.inference_mode():
-        times = _time(case, seconds)
-    return to_measurement(case, statistics.quantiles(times, n=4), len(times), bandwidth_gb_per_s)
+        times = _time(cases, seconds)
+    return [
+        to_measurement(case, statistics.quantiles(seen, n=4), len(seen), bandwidth_gb_per_s)
+        for case, seen in zip(cases, times, strict=True)
+    ]
 
 
 def gemm_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
@@ -95,7 +107,7 @@ def dense_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
     """Yield ``F.linear`` with a dense ``[n, k]`` in float32 and bfloat16, for each number of tokens."""
     for dtype in DENSE:
         one = torch.randn(n, k, dtype=dtype)
-        copies = one.repeat(_copies(one.nbytes), 1, 1)
+        copies = one.repeat(cold_copies(one.nbytes), 1, 1)
         for m in tokens:
             x = torch.randn(m, k, dtype=dtype)
 
@@ -110,7 +122,7 @@ def dense_cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
 def pack_case(n: int, k: int) -> Case:
     """Return the packing of a dense float32 ``[n, k]``; its bytes are those read and those written."""
     one = torch.randn(n, k)
-    copies = one.repeat(_copies(one.nbytes), 1, 1)
+    copies = one.repeat(cold_copies(one.nbytes), 1, 1)
     backend = select(Problem("pack_signs", "cpu", torch.float32)).name
 
     def check() -> None:
@@ -122,11 +134,26 @@ def pack_case(n: int, k: int) -> Case:
     return Case("pack_signs", "fp32", backend, 0, n, k, moved, len(copies), lambda i: ops.pack_signs(copies[i]), check)
 
 
-def _cases(n: int, k: int, tokens: Sequence[int]) -> Iterator[Case]:
-    """Yield the cases of a shape; each generator frees its weights before the next one allocates."""
-    yield from dense_cases(n, k, tokens)
-    yield from gemm_cases(n, k, tokens)
-    yield pack_case(n, k)
+def _groups(n: int, k: int, tokens: Sequence[int], only: Sequence[str], with_ggml: bool) -> Iterator[list[Case]]:
+    """Yield the cases of a shape that are timed together: those of each number of tokens, and packing."""
+    ours = [op for op, activations in OPS if op in GEMM_OPS and wanted(op, activations, only)]
+    if ours:
+        cases = [*gemm_cases(n, k, tokens), *dense_cases(n, k, tokens)]
+        if with_ggml:
+            cases += ggml.cases(n, k, tokens, cold_copies)
+        for m in tokens:
+            yield [case for case in cases if case.m == m and (case.peer or wanted(case.op, case.activations, only))]
+        del cases
+    if wanted("pack_signs", "fp32", only):
+        yield [pack_case(n, k)]
+
+
+def _count(k: int, tokens: Sequence[int], only: Sequence[str], with_ggml: bool) -> int:
+    """How many measurements :func:`_groups` gives for a shape with K columns."""
+    chosen = [op for op, activations in OPS if wanted(op, activations, only)]
+    ours = sum(op in GEMM_OPS for op in chosen)
+    peers = len(DENSE) + sum(with_ggml and k % block == 0 for block, _ in ggml.TYPES.values())
+    return len(tokens) * (ours + peers) * (ours > 0) + chosen.count("pack_signs")
 
 
 def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterator[Case]:
@@ -168,7 +195,7 @@ def _integer_cases(x: Tensor, weights: list[BinaryWeight], bits: int) -> Iterato
 def _packed_copies(n: int, k: int) -> list[BinaryWeight]:
     words = words_per_row(k)
     generator = torch.Generator().manual_seed(0)
-    copies = _copies(4 * n * words)
+    copies = cold_copies(4 * n * words)
     signs = torch.randint(-(1 << 31), 1 << 31, (copies, n, words), dtype=torch.int32, generator=generator)
     if k % WORD_BITS:
         signs[..., -1] &= (1 << k % WORD_BITS) - 1
@@ -176,8 +203,8 @@ def _packed_copies(n: int, k: int) -> list[BinaryWeight]:
     return [BinaryWeight(block.view(torch.uint32), k, in_scale=in_scale, in_shift=in_shift) for block in signs]
 
 
-def _copies(nbytes: int) -> int:
-    """How many weights of ``nbytes`` make twice the last cache; at least two, and no more than MAX_COPIES."""
+def cold_copies(nbytes: int) -> int:
+    """Return how many weights of ``nbytes`` make twice the last cache; at least two, and no more than MAX_COPIES."""
     return min(max(2, -(-2 * cache_bytes() // nbytes)), MAX_COPIES)
 
 
@@ -195,15 +222,24 @@ def _check_sign_gemm(x: Tensor, weight: BinaryWeight) -> None:
         )
 
 
-def _time(case: Case, seconds: float) -> list[float]:
-    """Return the seconds of each call; every call meets the next of the rotating weights."""
-    times: list[float] = []
-    for i in range(min(case.copies, 3)):
-        case.run(i)
-    end = time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 10_000):
-        i = (len(times) + 3) % case.copies
-        start = time.perf_counter()
-        case.run(i)
-        times.append(time.perf_counter() - start)
+def _time(cases: Sequence[Case], seconds: float) -> list[list[float]]:
+    """Return the seconds of each call of each case; every call meets the next of the rotating weights."""
+    times: list[list[float]] = [[] for _ in cases]
+    calls = [0] * len(cases)
+    waiting = list(range(len(cases)))
+    while waiting:
+        for c in waiting:
+            turn: list[float] = []
+            skipped = 0
+            while not turn or (sum(turn) < min(TURN, seconds) and len(times[c]) + len(turn) < MAX_CALLS):
+                start = time.perf_counter()
+                cases[c].run(calls[c] % cases[c].copies)
+                taken = time.perf_counter() - start
+                calls[c] += 1
+                if skipped < SKIPPED and taken < TURN:
+                    skipped += 1
+                else:
+                    turn.append(taken)
+            times[c] += turn
+        waiting = [c for c in waiting if len(times[c]) < (MAX_CALLS if sum(times[c]) < seconds else MIN_CALLS)]
     return times

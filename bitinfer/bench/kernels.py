@@ -18,7 +18,7 @@ DEFAULT_SHAPES = {
     "cpu": (*SHAPES["130m"], *SHAPES["1.3b"], *SHAPES["7b"]),
     "cuda": (*SHAPES["7b"], *SHAPES["7b-fused"], (8192, 8192)),
 }
-DEFAULT_TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 16, 64, 256, 2048)}
+DEFAULT_TOKENS = {"cpu": (1, 4, 16, 64, 512), "cuda": (1, 16, 64, 256, 2048)}
 OPS = {"cpu": cpu.OPS, "cuda": cuda.OPS}
 
 
@@ -43,12 +43,13 @@ def bench_kernels(
         tokens: rows M of the activations; None for a selection that suits the device.
         device: ``"cpu"`` or ``"cuda"``.
         only: ops (``sign_gemm``), activations (``int8``) or both (``"popcount_gemm int8"``) to measure; empty for all.
-            Peers are measured in any case.
+            Peers are measured beside any op but ``pack_signs``.
         threads: CPU only: threads of torch and of the kernels while this runs; None leaves them.
         isa: CPU only: the instruction set that the cpu backend must be using; ``BITINFER_CPU_ISA`` is what forces it,
             before the first op. None takes any.
         seconds: CPU only: how long to repeat each call (at least 7 calls).
-        peers: CUDA only: which of :data:`bitinfer.bench.peers.PEERS` to measure; None for all that are installed.
+        peers: which of :data:`bitinfer.bench.peers.PEERS` to measure on CUDA, ``"ggml"`` or nothing on a CPU; None for
+            all that are installed. ``F.linear`` is always measured on a CPU.
         peer_seconds: CUDA only: how long each peer that compiles at run time may take in all.
         layout: CUDA only: the terms of the weight, a name of :data:`bitinfer.testing.problems.LAYOUTS`.
         progress: called with (measurements done, measurements in all, what runs next).
@@ -75,6 +76,9 @@ def bench_kernels(
         if reason is not None and BACKENDS["triton"].unavailable() is not None:
             raise BackendError(f"device 'cuda' has no kernels here: {reason}; see `bitinfer doctor`")
         return cuda.bench(shapes, tokens, only, peers, peer_seconds, layout, progress)
+    for name in peers or ():
+        if name != "ggml":
+            raise ValueError(f"peers: {name!r} is not 'ggml', the only one besides torch on a CPU")
     active = active_isa()
     if isa is not None and active != isa:
         raise BackendError(
@@ -84,6 +88,6 @@ def bench_kernels(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        return cpu.bench(shapes, tokens, only, seconds, progress)
+        return cpu.bench(shapes, tokens, only, seconds, peers is None or "ggml" in peers, progress)
     finally:
         torch.set_num_threads(threads_before)

@@ -15,6 +15,7 @@ import torch
 from bitinfer.dispatch import BACKENDS
 
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+TORCH_ISA = {"oneDNN": "ONEDNN_MAX_CPU_ISA", "MKL": "MKL_ENABLE_INSTRUCTIONS"}  # variables that hold them back
 ASSUMED_CACHE = 64 << 20  # where the machine does not say
 READ_BYTES = 4 << 30  # of a GPU's memory, to measure how fast it is read
 # 1e12 operations per second of the matrix units, measured by loops of one instruction: wgmma b1 AND.POPC over the bits
@@ -94,7 +95,7 @@ def commit() -> str | None:
         return None
 
 
-def describe() -> dict[str, str | int | float | None]:
+def describe() -> dict[str, Any]:
     """Return what a reader needs to compare two reports, ready for JSON."""
     from bitinfer import __version__
 
@@ -104,6 +105,7 @@ def describe() -> dict[str, str | int | float | None]:
         "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "isa": active_isa(),
+        "torch_isa": {name: os.environ[key] for name, key in TORCH_ISA.items() if os.environ.get(key)},
         "cache_bytes": cache_bytes(),
         "bitinfer": __version__,
         "commit": commit(),

@@ -1,4 +1,4 @@
-"""Draw a GPU's results: time and ratio against the number of tokens, and a roofline. Needs matplotlib.
+"""Draw results: time and ratio against the number of tokens, and a roofline. Needs matplotlib.
 
 Works on what :meth:`BenchReport.to_dict` gives, hence also on the JSON of an earlier run.
 """
@@ -8,8 +8,16 @@ from typing import Any
 
 from bitinfer.bench.report import MATRIX_OPS
 
-CUBLAS = "F.linear fp16"
-OURS = ("sign_gemm fp16", "popcount_gemm int8", "popcount_gemm int4", "popcount_gemm int1", "binary_linear int8")
+DENSE = ("F.linear fp16", "F.linear bf16")  # torch's own product, on a GPU and on a CPU
+OURS = (
+    "sign_gemm fp16",
+    "sign_gemm bf16",
+    "sign_gemm fp32",
+    "popcount_gemm int8",
+    "popcount_gemm int4",
+    "popcount_gemm int1",
+    "binary_linear int8",
+)
 Rows = list[dict[str, Any]]
 
 
@@ -47,8 +55,8 @@ def figure_names(result: dict[str, Any], stem: str) -> list[str]:
     return [*sweeps, f"{stem}-roofline.png"] if by_shape(result) else []
 
 
-def plot(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Write the figures of a result into ``folder``; return their paths.
+def plot(result: dict[str, Any], folder: Path, stem: str, sweeps: bool = True) -> list[Path]:
+    """Write the figures of a result into ``folder``, the roofline alone without ``sweeps``; return their paths.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -61,7 +69,7 @@ def plot(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for (n, k), rows in by_shape(result).items():
-        if _is_sweep(rows):
+        if sweeps and _is_sweep(rows):
             paths.append(folder / f"{stem}-sweep-{n}x{k}.png")
             _sweep(result, rows, f"{n} x {k}", paths[-1])
     if by_shape(result):
@@ -78,16 +86,17 @@ def _sweep(result: dict[str, Any], rows: Rows, shape: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (times, ratios) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    dense = next((key for key in DENSE if key in series(rows)), DENSE[0])
     for label, line in series(rows).items():
         ours = line[0]["op"] in MATRIX_OPS
         style = {"marker": "o" if ours else "x", "linestyle": "-" if ours else "--", "markersize": 4}
         times.plot([r["m"] for r in line], [r["median_us"] for r in line], label=label, **style)
-        compared = [r for r in line if CUBLAS in r["ratios"]]
+        compared = [r for r in line if dense in r["ratios"]]
         if compared:
-            ratios.plot([r["m"] for r in compared], [r["ratios"][CUBLAS] for r in compared], label=label, **style)
+            ratios.plot([r["m"] for r in compared], [r["ratios"][dense] for r in compared], label=label, **style)
     ratios.axhline(1, color="grey", linewidth=1)
     times.set(title=f"{shape}: time of a call", ylabel="microseconds")
-    ratios.set(title=f"{shape}: times faster than {CUBLAS}", ylabel="ratio")
+    ratios.set(title=f"{shape}: times faster than {dense}", ylabel="ratio")
     for axes in (times, ratios):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -109,13 +118,14 @@ def _roofline(result: dict[str, Any], path: Path) -> None:
     for label, line in series(rows).items():
         axes.plot([intensity(r) for r in line], [r["tops"] for r in line], "o", markersize=4, label=label)
     low, high = min(map(intensity, rows)), max(map(intensity, rows))
-    peaks: dict[str, float] = result["machine"]["peak_tops"]
+    peaks: dict[str, float] = result["machine"].get("peak_tops", {})
     for activations in ("int1", "int4", "int8", "fp16"):
         if activations in peaks:
             axes.axhline(peaks[activations], color="grey", linewidth=0.8)
             axes.text(low, peaks[activations], f"{activations} {peaks[activations]:,.0f}", fontsize=8, va="bottom")
     bandwidth = result["bandwidth_gb_per_s"] / 1e3  # TB/s: times operations per byte it is TOPS
-    end = min(high, max(peaks.values()) / bandwidth) if peaks else high
+    top = max(peaks.values()) if peaks else 1.5 * max(row["tops"] for row in rows)
+    end = min(high, top / bandwidth)
     axes.plot([low, end], [low * bandwidth, end * bandwidth], color="black", linewidth=1, label="memory read")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
