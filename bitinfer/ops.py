@@ -5,7 +5,6 @@ for a backend whose kernels it can see into. Each call asks :mod:`bitinfer.dispa
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import prod
 from typing import Any, Protocol
 
@@ -473,7 +472,7 @@ def _seen_inside(name: str, problem_of: Callable[..., Problem]) -> Callable[...,
         if not kwargs and not torch.compiler.is_exporting():
             problem = problem_of(*args)
             if isinstance(problem.m, torch.SymInt):  # no backend asks how many tokens there are
-                problem = replace(problem, m=0)
+                problem = problem._replace(m=0)
             known = not any(isinstance(size, torch.SymInt) for size in (problem.n, problem.k))
             twin = select(problem).traced(name) if known else None
             if twin is not None:

@@ -1,7 +1,10 @@
 """The loop behind ``model.generate``: transformers prepares a call and we decode it, where we can."""
 
+import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,19 +34,63 @@ class FusedGeneration:
         **model_kwargs: Any,
     ) -> Any:
         model: Any = self
-        if synced_gpus or not _takes(model, input_ids, generation_config, model_kwargs):
+        reason = "GPUs are synchronised" if synced_gpus else _beyond(model, input_ids, generation_config, model_kwargs)
+        turn = _turns.setdefault(model, _Turn())
+        if reason is None and turn.is_mine():
+            reason = "it comes from within another call, whose cache is in use"
+        if reason is not None:
+            _leave_to_transformers(reason)
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        decoder = _decoders.get(model)
-        if decoder is None:
-            decoder = _decoders[model] = Decoder(model)
-        padding = _padding(model_kwargs.get("attention_mask"))
-        call = _Call(decoder, input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer)
-        ids = call.in_graphs() if call.fits_graphs() else call.step_by_step()
-        if streamer is not None:
-            streamer.end()
-        return ids
+        with turn:
+            decoder = _decoders.get(model)
+            if decoder is None:
+                decoder = _decoders[model] = Decoder(model)
+            padding = _padding(model_kwargs.get("attention_mask"))
+            call = _Call(decoder, input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer)
+            ids = call.in_graphs() if call.fits_graphs() else call.step_by_step()
+            if streamer is not None:
+                streamer.end()
+            return ids
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        _leave_to_transformers("it searches with beams")
+        return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        _leave_to_transformers("it is assisted")
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copies and pickles are of the plain model, whose class others can find
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (_plain(type(self)),), *reduced[2:])
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+class _Turn:
+    """A lock that knows its owner: calls from several threads take turns, since a model has one cache."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+
+    def is_mine(self) -> bool:
+        return self._owner == threading.get_ident()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+
+_turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
 
 
 def fuse(model: Model, *, head_bits: int | None = None) -> Model:
@@ -52,8 +99,9 @@ def fuse(model: Model, *, head_bits: int | None = None) -> Model:
     The loop holds keys and values in memory that is allocated once, reads the packed weights where they are, and on a
     GPU replays a whole step, sampling included, as one CUDA graph, without waiting for the host. Greedy decoding and
     sampling go through it, in batches padded on the left, with transformers' own streamers and stopping criteria; what
-    it does not know (beams, returned scores, a cache that is handed in) transformers decodes as before. ``forward``,
-    ``state_dict`` and ``save_pretrained`` stay what they are.
+    it does not know (beams, returned scores, a cache that is handed in) transformers decodes as before, and a warning
+    says so once. Calls from several threads take turns. ``forward``, ``state_dict`` and ``save_pretrained`` stay what
+    they are; copies and pickles are of the plain model.
 
     Args:
         model: a causal model of transformers of the LLaMA or Qwen3 kind with packed layers, on one device.
@@ -85,28 +133,44 @@ def fuse_if_possible(model: Model) -> Model:
 def unfuse(model: Model) -> Model:
     """Undo :func:`fuse`, and free what its decoder holds."""
     if isinstance(model, FusedGeneration):
-        model.__class__ = type(model).__mro__[2]
+        model.__class__ = _plain(type(model))
         _decoders.pop(model, None)
     return model
 
 
-def _takes(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether the loop below does what this call asks for."""
-    if model.training or not config.use_cache or config.return_dict_in_generate or config.is_assistant:
-        return False
+def _plain(fused: type) -> type:
+    return fused.__mro__[2]
+
+
+@cache
+def _leave_to_transformers(reason: str) -> None:
+    """Say once for each reason why a call is not decoded here."""
+    warnings.warn(f"transformers decodes this call itself, without bitinfer's loop: {reason}", stacklevel=5)
+
+
+def _beyond(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return what of a call the loop below does not do, None if it does all."""
     given = kwargs.get("cache", kwargs.get("past_key_values"))
-    if given is not None and given.get_seq_length() > 0:
-        return False
-    if any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_input_ids", "token_type_ids")):
-        return False
+    embeds = kwargs.get("inputs_embeds")
+    asked = {
+        "the model is in training mode": model.training,
+        "use_cache is False": not config.use_cache,
+        "return_dict_in_generate is set": config.return_dict_in_generate,
+        "the model assists another": config.is_assistant,
+        "it continues a cache that was handed in": given is not None and given.get_seq_length() > 0,
+        "it starts from inputs_embeds": embeds is not None or ids.shape[1] == 0,
+        "it has token_type_ids": kwargs.get("token_type_ids") is not None,
+    }
+    for reason, holds in asked.items():
+        if holds:
+            return reason
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        if mask.shape != ids.shape:
-            return False
+        real = mask.bool()
         # padding on the left and nowhere else: zeros, then ones
-        if not bool((mask.bool().cummax(1).values == mask.bool()).all()) or not bool(mask[:, -1].all()):
-            return False
-    return ids.shape[1] > 0 and obstacle(model) is None
+        if mask.shape != ids.shape or not bool((real.cummax(1).values == real).all()) or not bool(real[:, -1].all()):
+            return "attention_mask is not one of padding on the left alone"
+    return obstacle(model)
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
