@@ -72,20 +72,36 @@ __attribute__((target("avx2,fma"))) void row_sums_avx2(const int8_t* codes, cons
 template <int M>
 __attribute__((target("avx512f,avx512bw,avx512vl"))) void row_sums_avx512(const int8_t* codes, const float* x,
                                                                           int64_t k, float* sums) {
-  __m512 sum[M][2];
-  for (int t = 0; t < M; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i += 32) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + 16 * half, left = k - at;
-      if (left <= 0) break;
-      const auto inside = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
-      const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(inside, codes + at)));
+  constexpr int64_t kChains = M == 1 ? 4 : 2, kAhead = 4096;  // sums in flight; codes asked for ahead
+  __m512 sum[M][kChains];
+  for (int t = 0; t < M; ++t) {
+    for (__m512& chain : sum[t]) chain = _mm512_setzero_ps();
+  }
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) {
+    _mm_prefetch(codes + i + kAhead, _MM_HINT_T1);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t at = i + 16 * j;
+      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at));
+      const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
       for (int t = 0; t < M; ++t) {
-        sum[t][half] = _mm512_fmadd_ps(values, _mm512_maskz_loadu_ps(inside, x + t * k + at), sum[t][half]);
+        sum[t][j % kChains] = _mm512_fmadd_ps(values, _mm512_loadu_ps(x + t * k + at), sum[t][j % kChains]);
       }
     }
   }
-  for (int t = 0; t < M; ++t) sums[t] = _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]));
+  for (; i < k; i += 16) {
+    const auto inside = static_cast<__mmask16>(k - i >= 16 ? 0xffff : (1u << (k - i)) - 1);
+    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(inside, codes + i)));
+    for (int t = 0; t < M; ++t) {
+      sum[t][0] = _mm512_fmadd_ps(values, _mm512_maskz_loadu_ps(inside, x + t * k + i), sum[t][0]);
+    }
+  }
+  for (int t = 0; t < M; ++t) {
+    __m512 all = sum[t][0];
+    for (int64_t j = 1; j < kChains; ++j) all = _mm512_add_ps(all, sum[t][j]);
+    sums[t] = _mm512_reduce_add_ps(all);
+  }
 }
 
 #endif
