@@ -5,8 +5,10 @@ namespace {
 
 __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
-// The low `count` lanes of 16.
-__mmask16 lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
+// The low `count` lanes of 16; none for a negative count.
+__mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
+}
 
 // A 16 x 16 transpose of 32-bit lanes.
 inline __attribute__((always_inline)) void transpose(__m512i* v) {
