@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitinfer.cli_options import DType, Threads
+from bitinfer.cli_options import DType, HeadBits, Threads
 from bitinfer.terminal import console, progress_bar
 
 JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write JSON here; - for stdout.")]
@@ -106,6 +106,7 @@ def model(
     prompts: Annotated[str, typer.Option(help="Lengths of prompts whose prefill is timed, with commas.")] = "128,512",
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompts in front of decoding.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each sequence writes.")] = 64,
+    head_bits: HeadBits = None,
     dense: Annotated[bool, typer.Option(help="Run the dense model too.")] = True,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also the dense model compiled with a static cache; takes minutes.")
@@ -130,6 +131,7 @@ def model(
             prompts=[_number("--prompts", part) for part in _words(prompts)],
             context=context,
             new_tokens=new_tokens,
+            head_bits=head_bits,
             dense=dense,
             compiled=compiled,
             threads=threads,

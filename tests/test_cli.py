@@ -203,13 +203,13 @@ def test_bench_kernels(tmp_path, monkeypatch):
 def test_bench_model(folders, tmp_path):
     file = tmp_path / "model.json"
     options = ["--batches", "1,2", "--prompts", "9", "--context", 12, "--new-tokens", 3, "--dtype", "float32"]
+    options += ["--head-bits", 8]
     text = run("bench", "model", folders["packed"], *options, "--json", file).stdout
     assert "decoding" in text and "fused" in text and "x dense" in text
     rows = json.loads(file.read_text())["measurements"]
     loops = {(r["model"], r["loop"], r["activations"]) for r in rows}
-    assert loops == {("packed", w, a) for w in ("fused", "transformers") for a in ("fp32", "int8")} | {
-        ("dense", "transformers", "fp32")
-    }
+    packed = ("fused", "fused, 8-bit head", "transformers")
+    assert loops == {("packed", w, a) for w in packed for a in ("fp32", "int8")} | {("dense", "transformers", "fp32")}
     assert {(r["batch"], r["context"], r["decode_tokens_per_second"] is None) for r in rows} == {
         (1, 12, False),
         (2, 12, False),
