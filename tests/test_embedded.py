@@ -60,6 +60,36 @@ def test_it_answers_on_the_subject(loaded):
     assert len(story.split()) > 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_loop_writes_the_same_to_the_limit_of_the_context(loaded, dtype):
+    reference, tokenizer = loaded
+    model = reference if dtype == torch.float32 else bitinfer.load(dtype=dtype)[0]
+    limit = model.config.max_position_embeddings
+    for text in ("The sea", "Photosynthesis is"):
+        inputs = tokenizer(text, return_tensors="pt")
+        options = {"max_length": limit, "min_length": limit, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(**inputs, **options)
+        fused = bitinfer.fuse(model).generate(**inputs, **options)
+        bitinfer.unfuse(model)
+        assert fused.shape == expected.shape == (1, limit)
+        if not torch.equal(fused, expected):  # then in bfloat16, between words that its rounding does not tell apart
+            first = int((fused != expected).nonzero()[0, 1])
+            with torch.no_grad():
+                logits = reference(expected[:, :first]).logits[0, -1]
+            gap = float(logits[expected[0, first]] - logits[fused[0, first]])
+            assert dtype == torch.bfloat16 and abs(gap) <= 2**-5 * float(logits.abs().max()), (text, first, gap)
+
+
+def test_stop_strings_stop_the_fused_loop(loaded):
+    model, tokenizer = loaded
+    inputs = tokenizer("The sea is", return_tensors="pt")
+    options = {"max_new_tokens": 60, "do_sample": False, "stop_strings": ["."], "tokenizer": tokenizer}
+    expected = model.generate(**inputs, **options)
+    fused = bitinfer.fuse(model).generate(**inputs, **options)
+    bitinfer.unfuse(model)
+    assert torch.equal(fused, expected) and tokenizer.decode(fused[0]).rstrip().endswith(".")
+
+
 def test_what_runs_is_what_is_stored():
     folder = bitinfer.embedded_model()
     result = verify(folder, folder, tokens=64)
