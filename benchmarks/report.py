@@ -24,34 +24,30 @@ the read bandwidth that the same process measured; the last columns say how many
 dense `F.linear` of the same shape in the same run (below 1 it is slower). `popcount_gemm` is timed on activations that
 are packed already; `pack_activations` has its own rows.
 
-On a CPU the calls for one shape and number of tokens take turns, and the bandwidth is measured again for each shape.
-`ggml` is `ggml_mul_mat` of the library that llama-cpp-python brings, on its narrowest types; it quantises activations
-to 8 bits within the call. torch multiplies float32 by MKL, which obeys `MKL_ENABLE_INSTRUCTIONS`, and bfloat16 by
-oneDNN, which obeys `ONEDNN_MAX_CPU_ISA`; a title says if they were set.
+On a CPU a cell is the median in microseconds, the interquartile range in brackets, the share of the memory's bandwidth
+for a few tokens, and how many times faster it is than `F.linear` in the type that the title names. The calls for one
+shape and number of tokens take turns, and the bandwidth is measured again for each shape. `ggml` is `ggml_mul_mat` of
+the library that llama-cpp-python brings, on its narrowest types; it quantises activations to 8 bits within the call.
+torch multiplies float32 by MKL, which obeys `MKL_ENABLE_INSTRUCTIONS`, and bfloat16 by oneDNN, which obeys
+`ONEDNN_MAX_CPU_ISA`; a title says if they were set.
 """
 GPU_INTRODUCTION = """On a GPU a time is that of one launch within a CUDA graph of many, by device events, and the
 spread is over replays; `binary_linear` is `pack_activations` and `popcount_gemm` together; *TOPS* are 2 M N K over the
 time, and *peak* is their share of what the matrix units were measured to do at that width. The last columns compare
 with cuBLAS in fp16 (`F.linear`) and fp8 (`torch._scaled_mm`), and with other libraries where they were installed.
 """
-PEERS = {"F.linear fp32": "vs fp32", "F.linear bf16": "vs bf16", "ggml Q1_0": "vs Q1_0", "ggml TQ2_0": "vs TQ2_0"}
+FEW = 8  # tokens up to which a product waits for memory
 OURS = ("sign_gemm", "popcount_gemm", "binary_linear", "pack_activations", "pack_signs")
 
 
-def row(r: dict[str, Any], peers: list[str]) -> str:
-    """Return one measurement on a CPU as a line of the table."""
-    memory = f"{100 * r['bandwidth_share']:.0f}%" if r["op"] not in ("pack_activations", "pack_signs") else ""
-    cells = (
-        f"`{r['op']}`",
-        r["activations"],
-        f"{r['n']} x {r['k']}",
-        str(r["m"] or ""),
-        f"{r['median_us']:,.0f} us",
-        f"{r['iqr_us']:,.0f}",
-        memory,
-        *(f"{r['ratios'][peer]:.1f}" if peer in r["ratios"] else "" for peer in peers),
-    )
-    return f"| {' | '.join(cells)} |"
+def cell(r: dict[str, Any], dense: str) -> str:
+    """Return one measurement on a CPU, compared with the peer ``dense``."""
+    parts = [f"{r['median_us']:,.0f} ({r['iqr_us']:,.0f})"]
+    if r["op"] not in ("pack_activations", "pack_signs") and r["m"] <= FEW:
+        parts.append(f"{100 * r['bandwidth_share']:.0f}%")
+    if dense in r["ratios"]:
+        parts.append(f"{r['ratios'][dense]:.1f}x")
+    return " ".join(parts)
 
 
 def gpu_row(r: dict[str, Any], peers: list[str], peaks: dict[str, float]) -> str:
@@ -82,7 +78,8 @@ def ordered(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def section(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> str:
     """Return one run on a CPU: the machine, what could not be measured, figures, then the table."""
-    m = result["machine"]
+    m, rows = result["machine"], ordered(result)
+    dense = next((peer for peer in ("F.linear bf16", "F.linear fp32") if any(peer in r["ratios"] for r in rows)), "")
     title = f"## {m['device_name']}, {m['isa'] or m['device']}, {m['threads']} thread{'s' * (m['threads'] != 1)}"
     held = [f"torch's {name} held to {isa}" for name, isa in (m.get("torch_isa") or {}).items()]
     facts = (
@@ -92,14 +89,18 @@ def section(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> str:
     notes = [f"- {note}" for note in result["notes"]]
     figure = f"{stem}-roofline.png"
     figures = [f"![{figure}](../benchmarks/results/{figure})"] if (folder / figure).exists() else []
-    found = {peer for r in result["measurements"] for peer in r["ratios"]}
-    peers = [peer for peer in PEERS if peer in found]
-    names = ["op", "activations", "N x K", "M", "median", "iqr", "memory", *(PEERS[peer] for peer in peers)]
-    header = f"| {' | '.join(names)} |\n| {' | '.join(['---'] * 3 + ['---:'] * (len(names) - 3))} |"
-    parts = [", ".join([title, *held]), "", facts, ""]
+    tokens = sorted({r["m"] for r in rows if r["m"]})
+    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    for r in rows:
+        line = lines.setdefault((f"`{r['op']}`", r["activations"], f"{r['n']} x {r['k']}"), {})
+        line[r["m"] or tokens[0]] = cell(r, dense)  # packing a weight has no tokens
+    names = ["op", "activations", "N x K", *(f"M = {m}" for m in tokens)]
+    header = f"| {' | '.join(names)} |\n| {' | '.join(['---'] * 3 + ['---:'] * len(tokens))} |"
+    table = [f"| {' | '.join([*key, *(line.get(m, '') for m in tokens)])} |" for key, line in lines.items()]
+    parts = [", ".join([title, *held, *([f"times `{dense}`"] if dense else [])]), "", facts, ""]
     for block in (notes, figures):
         parts += [*block, ""] if block else []
-    return "\n".join([*parts, header, *(row(r, peers) for r in ordered(result)), ""])
+    return "\n".join([*parts, header, *table, ""])
 
 
 def gpu_section(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> str:
