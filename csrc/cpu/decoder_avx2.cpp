@@ -90,6 +90,9 @@ struct Avx2 {
     }
     return sum;
   }
+
+  static constexpr auto score = score_rows<Avx2>;
+  static constexpr auto add_weighted = add_weighted_rows<Avx2>;
 };
 
 constexpr DecoderKernels kKernels = decoder_kernels<Avx2>();

@@ -76,6 +76,95 @@ struct Avx512 : Avx512Floats {
     const bool half = x.dtype == Dtype::kFloat16;
     return half ? dot_of_halves<true>(halves, y, n, ahead) : dot_of_halves<false>(halves, y, n, ahead);
   }
+
+  // rows[i] lane i summed: lane r of the result is the sum of the lanes of rows[r].
+  static __m512 sum_rows(const __m512* rows) {
+    __m512 a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) {
+      a[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                           _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d even = _mm512_castps_pd(a[2 * i]), odd = _mm512_castps_pd(a[2 * i + 1]);
+      b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    for (int i = 0; i < 2; ++i) {
+      c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                           _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+  }
+
+  // Sixteen slots at a time, whose sums stay in registers: no row is written down as floats, and sums over lanes cost
+  // little more than one shuffle a slot.
+  template <bool kHalf>
+  static void score_halves(const Rows& keys, const float* q, float scaling, float* scores) {
+    const auto* data = static_cast<const uint16_t*>(keys.data.data);
+    for (int64_t s = 0; s < keys.slots; s += 16) {
+      const int64_t count = keys.slots - s < 16 ? keys.slots - s : 16;
+      ask_for(keys.data + (s + kAhead) * keys.dim, 16 * keys.dim);
+      const uint16_t* rows[16];
+      for (int64_t i = 0; i < 16; ++i) rows[i] = data + (s + (i < count ? i : count - 1)) * keys.dim;
+      for (int64_t h = 0; h < keys.group; ++h) {
+        __m512 sums[16];
+        for (__m512& sum : sums) sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < keys.dim; c += 16) {
+          const __m512 factor = _mm512_loadu_ps(q + h * keys.dim + c);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + c));
+            sums[i] = _mm512_fmadd_ps(widen<kHalf>(bits), factor, sums[i]);
+          }
+        }
+        const __m512 scaled = _mm512_mul_ps(sum_rows(sums), _mm512_set1_ps(scaling));
+        _mm512_mask_storeu_ps(scores + h * keys.slots + s, lanes(count), scaled);
+      }
+    }
+  }
+
+  // 16*J columns from `column` on, whose sums stay in registers over all slots.
+  template <bool kHalf, int J>
+  static void add_weighted_columns(const Rows& values, int64_t column, const float* weights, bool first, float* part) {
+    const uint16_t* row = static_cast<const uint16_t*>(values.data.data) + column;
+    __m512 sums[J];
+    for (int j = 0; j < J; ++j) sums[j] = _mm512_loadu_ps(part + column + 16 * j);
+    for (int64_t s = 0; s < values.slots; ++s, row += values.dim) {
+      const __m512 weight = _mm512_set1_ps(weights[s]);
+      if (first) ask_for(Floats{row + kAhead * values.dim, values.data.dtype}, 16 * J);
+      for (int j = 0; j < J; ++j) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16 * j));
+        sums[j] = _mm512_fmadd_ps(widen<kHalf>(bits), weight, sums[j]);
+      }
+    }
+    for (int j = 0; j < J; ++j) _mm512_storeu_ps(part + column + 16 * j, sums[j]);
+  }
+
+  template <bool kHalf>
+  static void add_weighted_halves(const Rows& values, const float* weights, int64_t stride, float* part) {
+    for (int64_t h = 0; h < values.group; ++h) {
+      const float* w = weights + h * values.slots;
+      float* sum = part + h * stride;
+      int64_t c = 0;
+      for (; c + 64 <= values.dim; c += 64) add_weighted_columns<kHalf, 4>(values, c, w, h == 0, sum);
+      for (; c < values.dim; c += 16) add_weighted_columns<kHalf, 1>(values, c, w, h == 0, sum);
+    }
+  }
+
+  static void score(const Rows& keys, const float* q, float scaling, float* scores) {
+    if (keys.data.dtype == Dtype::kFloat32 || keys.dim % 16) return score_rows<Avx512>(keys, q, scaling, scores);
+    const bool half = keys.data.dtype == Dtype::kFloat16;
+    return half ? score_halves<true>(keys, q, scaling, scores) : score_halves<false>(keys, q, scaling, scores);
+  }
+
+  static void add_weighted(const Rows& values, const float* weights, int64_t stride, float* part) {
+    if (values.data.dtype == Dtype::kFloat32 || values.dim % 16) {
+      return add_weighted_rows<Avx512>(values, weights, stride, part);
+    }
+    const bool half = values.data.dtype == Dtype::kFloat16;
+    return half ? add_weighted_halves<true>(values, weights, stride, part)
+                : add_weighted_halves<false>(values, weights, stride, part);
+  }
 };
 
 constexpr DecoderKernels kKernels = decoder_kernels<Avx512>();

@@ -1,8 +1,8 @@
 // The kernels of decoder_kernels.h for any instruction set. Each decoder_<isa>.cpp includes this header inside its
 // target region, so that the plain loops below are vectorised for that set; standard headers come before.
 //
-// Isa provides: load_floats, store_floats (conversions), dot (of floats), dot_of (of any
-// type and floats, asking for the memory so many numbers ahead).
+// Isa provides: load_floats, store_floats (conversions), dot (of floats), dot_of (of any type and floats, asking for
+// the memory so many numbers ahead), score and add_weighted (of cached rows: those below, or better ones).
 namespace bitinfer::cpu {
 namespace {
 
@@ -102,43 +102,78 @@ void rotate(float* x, const float* cos, const float* sin, float* turned, int64_t
   round_floats<Isa>(x, dim, dtype);
 }
 
-// part += weights [slots] x values [slots, dim]
-inline void add_weighted(const float* weights, const float* values, int64_t slots, int64_t dim, float* part) {
-  int64_t s = 0;
-  for (; s + 4 <= slots; s += 4) {
-    const float *v = values + s * dim, *w = weights + s;
-    for (int64_t i = 0; i < dim; ++i) {
-      part[i] += (w[0] * v[i] + w[1] * v[dim + i]) + (w[2] * v[2 * dim + i] + w[3] * v[3 * dim + i]);
-    }
-  }
-  for (; s < slots; ++s) {
-    for (int64_t i = 0; i < dim; ++i) part[i] += weights[s] * values[s * dim + i];
-  }
-}
-
 // Asks for memory that will be read soon; it may lie outside of any allocation.
 inline void ask_for(Floats x, int64_t n) {
   const auto first = reinterpret_cast<uintptr_t>(x.data), bytes = static_cast<uintptr_t>(n * element_size(x.dtype));
   for (uintptr_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(first + at), 0, 2);
 }
 
+// Cached keys or values of one head, [slots, dim], and the queries that share them.
+struct Rows {
+  Floats data;
+  int64_t slots, dim, group;
+};
+
+// scores[h, s] = scaling * q[h] . keys[s]
+template <class Isa>
+void score_rows(const Rows& keys, const float* q, float scaling, float* scores) {
+  Buffer<float> rows(kSlots * keys.dim);
+  for (int64_t s = 0; s < keys.slots; s += kSlots) {
+    const int64_t count = keys.slots - s < kSlots ? keys.slots - s : kSlots;
+    ask_for(keys.data + (s + kAhead) * keys.dim, kSlots * keys.dim);
+    Isa::load_floats(keys.data + s * keys.dim, count * keys.dim, rows.data());
+    for (int64_t h = 0; h < keys.group; ++h) {
+      for (int64_t i = 0; i < count; ++i) {
+        scores[h * keys.slots + s + i] = scaling * Isa::dot(q + h * keys.dim, rows.data() + i * keys.dim, keys.dim);
+      }
+    }
+  }
+}
+
+// part[h] += weights[h] x values, for parts that are `stride` numbers apart
+template <class Isa>
+void add_weighted_rows(const Rows& values, const float* weights, int64_t stride, float* part) {
+  const int64_t dim = values.dim;
+  Buffer<float> rows(kSlots * dim);
+  for (int64_t s = 0; s < values.slots; s += kSlots) {
+    const int64_t count = values.slots - s < kSlots ? values.slots - s : kSlots;
+    ask_for(values.data + (s + kAhead) * dim, kSlots * dim);
+    Isa::load_floats(values.data + s * dim, count * dim, rows.data());
+    for (int64_t h = 0; h < values.group; ++h) {
+      const float* w = weights + h * values.slots + s;
+      float* sum = part + h * stride;
+      int64_t i = 0;
+      for (; i + 4 <= count; i += 4) {
+        const float* v = rows.data() + i * dim;
+        for (int64_t c = 0; c < dim; ++c) {
+          sum[c] += (w[i] * v[c] + w[i + 1] * v[dim + c]) + (w[i + 2] * v[2 * dim + c] + w[i + 3] * v[3 * dim + c]);
+        }
+      }
+      for (; i < count; ++i) {
+        for (int64_t c = 0; c < dim; ++c) sum[c] += w[i] * rows[i * dim + c];
+      }
+    }
+  }
+}
+
 template <class Isa>
 void attend(const Attend& a) {
   const int64_t dim = a.heads.dim, group = a.heads.queries / a.heads.keys;
   const int64_t slots = a.end > a.begin ? a.end - a.begin : 0;
-  Buffer<float> scratch((group + kSlots + 3) * dim + group * slots);
-  float *cos = scratch.data(), *sin = cos + dim, *turned = sin + dim, *rows = turned + dim;
-  float *q = rows + kSlots * dim, *scores = q + group * dim;
-  const Floats keys = Floats{a.keys, a.dtype} + a.begin * dim, values = Floats{a.values, a.dtype} + a.begin * dim;
-  ask_for(keys, std::min(slots, kAhead) * dim);
+  Buffer<float> scratch((group + 4) * dim + group * slots);
+  float *cos = scratch.data(), *sin = cos + dim, *turned = sin + dim, *key = turned + dim;
+  float *q = key + dim, *scores = q + group * dim;
+  const Rows keys{Floats{a.keys, a.dtype} + a.begin * dim, slots, dim, group};
+  const Rows values{Floats{a.values, a.dtype} + a.begin * dim, slots, dim, group};
+  ask_for(keys.data, std::min(slots, kAhead) * dim);
   Isa::load_floats(a.cos, dim, cos);
   Isa::load_floats(a.sin, dim, sin);
   if (a.k) {
-    Isa::load_floats(a.k, dim, rows);
-    if (a.k_norm.weight) normalise<Isa>(a.k_norm, rows, dim, a.dtype);
-    rotate<Isa>(rows, cos, sin, turned, dim, a.dtype);
+    Isa::load_floats(a.k, dim, key);
+    if (a.k_norm.weight) normalise<Isa>(a.k_norm, key, dim, a.dtype);
+    rotate<Isa>(key, cos, sin, turned, dim, a.dtype);
     const Output new_keys{a.keys, a.dtype, dim}, new_values{a.values, a.dtype, dim};
-    Isa::store_floats(rows, dim, a.dtype, new_keys.at(a.slot, 0));
+    Isa::store_floats(key, dim, a.dtype, new_keys.at(a.slot, 0));
     std::memcpy(new_values.at(a.slot, 0), a.v.data, static_cast<size_t>(dim * element_size(a.dtype)));
   }
   Isa::load_floats(a.q, group * dim, q);
@@ -147,17 +182,8 @@ void attend(const Attend& a) {
     if (a.q_norm.weight) normalise<Isa>(a.q_norm, head, dim, a.dtype);
     rotate<Isa>(head, cos, sin, turned, dim, a.dtype);
   }
-  for (int64_t s = 0; s < slots; s += kSlots) {
-    const int64_t count = slots - s < kSlots ? slots - s : kSlots;
-    ask_for(keys + (s + kAhead) * dim, kSlots * dim);
-    Isa::load_floats(keys + s * dim, count * dim, rows);
-    for (int64_t h = 0; h < group; ++h) {
-      for (int64_t i = 0; i < count; ++i) {
-        scores[h * slots + s + i] = a.heads.scaling * Isa::dot(q + h * dim, rows + i * dim, dim);
-      }
-    }
-  }
-  ask_for(values, std::min(slots, kAhead) * dim);
+  Isa::score(keys, q, a.heads.scaling, scores);
+  ask_for(values.data, std::min(slots, kAhead) * dim);
   for (int64_t h = 0; h < group; ++h) {
     float *score = scores + h * slots, *part = a.part + h * a.parts * (dim + 2);
     const float largest = largest_of(score, slots);
@@ -166,14 +192,7 @@ void attend(const Attend& a) {
     part[dim] = sum_of(score, slots);
     part[dim + 1] = largest;
   }
-  for (int64_t s = 0; s < slots; s += kSlots) {
-    const int64_t count = slots - s < kSlots ? slots - s : kSlots;
-    ask_for(values + (s + kAhead) * dim, kSlots * dim);
-    Isa::load_floats(values + s * dim, count * dim, rows);
-    for (int64_t h = 0; h < group; ++h) {
-      add_weighted(scores + h * slots + s, rows, count, dim, a.part + h * a.parts * (dim + 2));
-    }
-  }
+  Isa::add_weighted(values, scores, a.parts * (dim + 2), a.part);
 }
 
 template <class Isa>

@@ -54,6 +54,9 @@ struct Scalar {
     }
     return sum;
   }
+
+  static constexpr auto score = score_rows<Scalar>;
+  static constexpr auto add_weighted = add_weighted_rows<Scalar>;
 };
 
 constexpr DecoderKernels kKernels = decoder_kernels<Scalar>();

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/decoder.h"
+#include "cpu/numbers.h"
 
 using namespace bitinfer;
 using namespace bitinfer::cpu;
@@ -17,7 +18,35 @@ using namespace bitinfer::cpu;
 namespace {
 
 using Row = std::vector<double>;
-using Numbers = std::vector<float>;
+
+// Floats that are handed over in some type, whose values they have.
+class Numbers : public std::vector<float> {
+ public:
+  using vector::vector;
+
+  Floats as(Dtype dtype) {
+    if (dtype == Dtype::kFloat32) return {data(), dtype};
+    const bool half = dtype == Dtype::kFloat16;
+    halves_.clear();
+    for (float& value : *this) {
+      halves_.push_back(half ? float_to_half(value) : float_to_bfloat16(value));
+      value = half ? half_to_float(halves_.back()) : bfloat16_to_float(halves_.back());
+    }
+    return {halves_.data(), dtype};
+  }
+  void* as_output(Dtype dtype) { return const_cast<void*>(as(dtype).data); }
+  // what was written where as() said
+  float written(size_t i, Dtype dtype) const {
+    if (dtype == Dtype::kFloat32) return (*this)[i];
+    return dtype == Dtype::kFloat16 ? half_to_float(halves_[i]) : bfloat16_to_float(halves_[i]);
+  }
+  bool same(const Numbers& other) const {
+    return static_cast<const vector&>(*this) == other && halves_ == other.halves_;
+  }
+
+ private:
+  std::vector<uint16_t> halves_;
+};
 
 constexpr int64_t kThreads = 3;
 
@@ -36,7 +65,9 @@ struct Shape {
 };
 
 // Odd numbers of columns leave a part of a word.
-constexpr Shape kShapes[] = {{2, 72, 3, 1, 26, 130, 300, false, false}, {1, 129, 4, 2, 16, 77, 31, true, true}};
+constexpr Shape kShapes[] = {{2, 72, 3, 1, 26, 130, 300, false, false},
+                             {1, 129, 4, 2, 16, 77, 31, true, true},
+                             {1, 80, 2, 2, 80, 64, 20, false, false}};
 constexpr int64_t kSequences = 2, kCapacity = 530;  // of which the second part of a tile of attention has a few
 
 struct Linear {
@@ -84,7 +115,7 @@ struct Norm {
   Norm(int64_t n, Random& random) {
     for (int64_t i = 0; i < n; ++i) weight.push_back(1 + 0.2f * random.normal());
   }
-  RmsNorm packed() const { return {{weight.data()}, 1e-6f}; }
+  RmsNorm packed(Dtype dtype) { return {weight.as(dtype), 1e-6f}; }
   void apply(double* x) const {
     double square = 0;
     for (size_t i = 0; i < weight.size(); ++i) square += x[i] * x[i] / static_cast<double>(weight.size());
@@ -208,16 +239,16 @@ struct Model {
   }
 };
 
-void decodes(const Shape& shape, const std::vector<int64_t>& padding, int64_t bits) {
+void decodes(const Shape& shape, const std::vector<int64_t>& padding, int64_t bits, Dtype dtype) {
   Model model(shape);
   Decoder decoders[2];
   for (Decoder& decoder : decoders) {
     decoder.heads = {shape.queries, shape.keys, shape.dim, 1 / std::sqrt(static_cast<float>(shape.dim))};
     decoder.columns = shape.d;
-    decoder.norm = model.norm.packed();
-    decoder.head = {model.head.data()};
+    decoder.norm = model.norm.packed(dtype);
+    decoder.head = model.head.as(dtype);
     decoder.vocabulary = shape.vocabulary;
-    for (const Layer& layer : model.layers) {
+    for (Layer& layer : model.layers) {
       DecoderLayer one{layer.q.packed,
                        layer.k.packed,
                        layer.v.packed,
@@ -225,51 +256,79 @@ void decodes(const Shape& shape, const std::vector<int64_t>& padding, int64_t bi
                        layer.gate.packed,
                        layer.up.packed,
                        layer.down.packed,
-                       layer.input.packed(),
-                       layer.post.packed(),
+                       layer.input.packed(dtype),
+                       layer.post.packed(dtype),
                        {},
                        {}};
       if (shape.head_norms) {
-        one.q_norm = layer.q_norm.packed();
-        one.k_norm = layer.k_norm.packed();
+        one.q_norm = layer.q_norm.packed(dtype);
+        one.k_norm = layer.k_norm.packed(dtype);
       }
       for (PackedLinear* linear : {&one.q, &one.k, &one.v, &one.o, &one.gate, &one.up, &one.down}) linear->bits = bits;
       decoder.layers.push_back(one);
     }
   }
+  Floats cos = model.cos.as(dtype), sin = model.sin.as(dtype);
+  model.keys.as(dtype);
+  model.values.as(dtype);
   Row k_exact(model.keys.begin(), model.keys.end()), v_exact(model.values.begin(), model.values.end());
   Numbers keys[2] = {model.keys, model.keys}, values[2] = {model.values, model.values};
+  void* caches[2][2];
+  for (int which = 0; which < 2; ++which) {
+    caches[which][0] = keys[which].as_output(dtype);
+    caches[which][1] = values[which].as_output(dtype);
+  }
+  // each result is rounded to the type a dozen times on the way
+  const double allowed = dtype == Dtype::kFloat32 ? 2e-4 : dtype == Dtype::kFloat16 ? 0.03 : 0.25;
   for (const int64_t slot : {int64_t{5}, int64_t{6}, int64_t{511}, int64_t{512}, kCapacity - 1}) {
     context = active_name() + " d=" + std::to_string(shape.d) + " bits=" + std::to_string(bits) +
-              " slot=" + std::to_string(slot);
+              " dtype=" + std::to_string(static_cast<int>(dtype)) + " slot=" + std::to_string(slot);
     Numbers hidden;
     for (int64_t i = 0; i < kSequences * shape.d; ++i) hidden.push_back(model.random.normal());
-    Guarded<float> results[2] = {Guarded<float>(kSequences * shape.vocabulary),
-                                 Guarded<float>(kSequences * shape.vocabulary)};
+    hidden.as(dtype);
+    const int64_t outputs = kSequences * shape.vocabulary * element_size(dtype);
+    Guarded<uint8_t> results[2] = {Guarded<uint8_t>(outputs), Guarded<uint8_t>(outputs)};
     for (int which = 0; which < 2; ++which) {
       Numbers in_place = hidden;
       DecodeStep step;
       step.m = kSequences;
-      step.hidden = in_place.data();
-      step.keys = keys[which].data();
-      step.values = values[which].data();
+      step.dtype = dtype;
+      step.hidden = in_place.as_output(dtype);
+      step.keys = caches[which][0];
+      step.values = caches[which][1];
       step.logits = results[which].data();
       step.capacity = kCapacity;
       step.slot = slot;
-      step.cos = {model.cos.data()};
-      step.sin = {model.sin.data()};
+      step.cos = cos;
+      step.sin = sin;
       step.padding = padding.empty() ? nullptr : padding.data();
       decode(active_kernels(), decoders[which], step, which == 0 ? 1 : kThreads, which == 0 ? serial : three_threads);
     }
-    CHECK(std::memcmp(results[0].data(), results[1].data(), results[0].size() * sizeof(float)) == 0);
-    CHECK(keys[0] == keys[1] && values[0] == values[1]);
+    CHECK(std::memcmp(results[0].data(), results[1].data(), static_cast<size_t>(outputs)) == 0);
+    CHECK(keys[0].same(keys[1]) && values[0].same(values[1]));
     if (bits != 0) continue;  // rounded on purpose; their products have tests of their own
     for (int64_t t = 0; t < kSequences; ++t) {
       const Row h(hidden.begin() + t * shape.d, hidden.begin() + (t + 1) * shape.d);
       const Row logits = model.exact(h, t, slot, padding.empty() ? 0 : padding[t], k_exact, v_exact);
+      double scale = 0;
+      for (const double logit : logits) scale = std::fmax(scale, std::fabs(logit));
       for (int64_t r = 0; r < shape.vocabulary; ++r) {
-        CHECK(std::fabs(results[0][t * shape.vocabulary + r] - logits[r]) <= 2e-4 * (1 + std::fabs(logits[r])));
+        const int64_t at = t * shape.vocabulary + r;
+        const void* result = results[0].data() + at * element_size(dtype);
+        float y;
+        uint16_t half;
+        std::memcpy(dtype == Dtype::kFloat32 ? static_cast<void*>(&y) : &half, result, element_size(dtype));
+        if (dtype != Dtype::kFloat32) y = dtype == Dtype::kFloat16 ? half_to_float(half) : bfloat16_to_float(half);
+        CHECK(std::fabs(y - logits[r]) <= allowed * scale);
       }
+    }
+    if (dtype != Dtype::kFloat32) {  // later steps start from what was rounded
+      for (size_t i = 0; i < k_exact.size(); ++i) {
+        CHECK(std::fabs(keys[0].written(i, dtype) - k_exact[i]) <= allowed * 5);
+        k_exact[i] = keys[0].written(i, dtype);
+        v_exact[i] = values[0].written(i, dtype);
+      }
+      continue;
     }
     for (size_t i = 0; i < k_exact.size(); ++i) {
       CHECK(std::fabs(keys[0][i] - k_exact[i]) <= 1e-4 && std::fabs(values[0][i] - v_exact[i]) <= 1e-4);
@@ -279,9 +338,11 @@ void decodes(const Shape& shape, const std::vector<int64_t>& padding, int64_t bi
 
 void all() {
   for (const Shape& shape : kShapes) {
-    for (const int64_t bits : {0, 8}) {
-      decodes(shape, {}, bits);
-      decodes(shape, {3, 0}, bits);
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+      for (const int64_t bits : {0, 8}) {
+        decodes(shape, {}, bits, dtype);
+        decodes(shape, {3, 0}, bits, dtype);
+      }
     }
   }
 }
