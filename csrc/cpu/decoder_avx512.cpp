@@ -96,47 +96,71 @@ struct Avx512 : Avx512Floats {
     return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
   }
 
-  // Sixteen slots at a time, whose sums stay in registers: no row is written down as floats, and sums over lanes cost
-  // little more than one shuffle a slot.
+  // Sixteen slots at a time, four of each quarter, whose sums stay in registers: no row is written down as floats, and
+  // sums over lanes cost little more than one shuffle a slot.
   template <bool kHalf>
   static void score_halves(const Rows& keys, const float* q, float scaling, float* scores) {
     const auto* data = static_cast<const uint16_t*>(keys.data.data);
-    for (int64_t s = 0; s < keys.slots; s += 16) {
-      const int64_t count = keys.slots - s < 16 ? keys.slots - s : 16;
-      ask_for(keys.data + (s + kAhead) * keys.dim, 16 * keys.dim);
-      const uint16_t* rows[16];
-      for (int64_t i = 0; i < 16; ++i) rows[i] = data + (s + (i < count ? i : count - 1)) * keys.dim;
-      for (int64_t h = 0; h < keys.group; ++h) {
-        __m512 sums[16];
-        for (__m512& sum : sums) sum = _mm512_setzero_ps();
-        for (int64_t c = 0; c < keys.dim; c += 16) {
-          const __m512 factor = _mm512_loadu_ps(q + h * keys.dim + c);
+    const int64_t quarter = keys.quarter();
+    int64_t slots[16];
+    for (int64_t s = 0; s < quarter; s += 4) {
+      for (int64_t i = 0; i < 16; ++i) slots[i] = i / 4 * quarter + s + i % 4;
+      for (int64_t i = 0; i < 16; i += 4) ask_for(keys.data + (slots[i] + kAhead) * keys.dim, 4 * keys.dim);
+      score_sixteen<kHalf>(data, slots, keys, q, scaling, [&](int64_t h, __m512 sums) {
+        float* out = scores + h * keys.slots;
+        _mm_storeu_ps(out + slots[0], _mm512_castps512_ps128(sums));
+        _mm_storeu_ps(out + slots[4], _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(out + slots[8], _mm512_extractf32x4_ps(sums, 2));
+        _mm_storeu_ps(out + slots[12], _mm512_extractf32x4_ps(sums, 3));
+      });
+    }
+    const int64_t left = keys.slots - 4 * quarter;
+    if (left == 0) return;
+    for (int64_t i = 0; i < 16; ++i) slots[i] = 4 * quarter + (i < left ? i : left - 1);
+    score_sixteen<kHalf>(data, slots, keys, q, scaling, [&](int64_t h, __m512 sums) {
+      _mm512_mask_storeu_ps(scores + h * keys.slots + 4 * quarter, lanes(left), sums);
+    });
+  }
+
+  template <bool kHalf, typename Store>
+  static void score_sixteen(const uint16_t* data, const int64_t* slots, const Rows& keys, const float* q, float scaling,
+                            const Store& store) {
+    for (int64_t h = 0; h < keys.group; ++h) {
+      __m512 sums[16];
+      for (__m512& sum : sums) sum = _mm512_setzero_ps();
+      for (int64_t c = 0; c < keys.dim; c += 16) {
+        const __m512 factor = _mm512_loadu_ps(q + h * keys.dim + c);
 #pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) {
-            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + c));
-            sums[i] = _mm512_fmadd_ps(widen<kHalf>(bits), factor, sums[i]);
-          }
+        for (int i = 0; i < 16; ++i) {
+          const auto* row = reinterpret_cast<const __m256i*>(data + slots[i] * keys.dim + c);
+          sums[i] = _mm512_fmadd_ps(widen<kHalf>(_mm256_loadu_si256(row)), factor, sums[i]);
         }
-        const __m512 scaled = _mm512_mul_ps(sum_rows(sums), _mm512_set1_ps(scaling));
-        _mm512_mask_storeu_ps(scores + h * keys.slots + s, lanes(count), scaled);
       }
+      store(h, _mm512_mul_ps(sum_rows(sums), _mm512_set1_ps(scaling)));
     }
   }
 
   // 16*J columns from `column` on, whose sums stay in registers over all slots.
   template <bool kHalf, int J>
   static void add_weighted_columns(const Rows& values, int64_t column, const float* weights, bool first, float* part) {
-    const uint16_t* row = static_cast<const uint16_t*>(values.data.data) + column;
+    const uint16_t* data = static_cast<const uint16_t*>(values.data.data) + column;
     __m512 sums[J];
     for (int j = 0; j < J; ++j) sums[j] = _mm512_loadu_ps(part + column + 16 * j);
-    for (int64_t s = 0; s < values.slots; ++s, row += values.dim) {
-      const __m512 weight = _mm512_set1_ps(weights[s]);
-      if (first) ask_for(Floats{row + kAhead * values.dim, values.data.dtype}, 16 * J);
+    const auto add = [&](int64_t slot) {
+      const __m512 weight = _mm512_set1_ps(weights[slot]);
       for (int j = 0; j < J; ++j) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16 * j));
-        sums[j] = _mm512_fmadd_ps(widen<kHalf>(bits), weight, sums[j]);
+        const auto* row = reinterpret_cast<const __m256i*>(data + slot * values.dim + 16 * j);
+        sums[j] = _mm512_fmadd_ps(widen<kHalf>(_mm256_loadu_si256(row)), weight, sums[j]);
+      }
+    };
+    const int64_t quarter = values.quarter();
+    for (int64_t s = 0; s < quarter; ++s) {
+      for (int64_t slot = s; slot < 4 * quarter; slot += quarter) {
+        if (first) ask_for(values.data + ((slot + kAhead) * values.dim + column), 16 * J);
+        add(slot);
       }
     }
+    for (int64_t slot = 4 * quarter; slot < values.slots; ++slot) add(slot);
     for (int j = 0; j < J; ++j) _mm512_storeu_ps(part + column + 16 * j, sums[j]);
   }
 

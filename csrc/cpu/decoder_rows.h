@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kSlots = 8;   // of the cache, converted to floats at a time
-constexpr int64_t kAhead = 32;  // slots between those that are read and those that are asked for
+constexpr int64_t kAhead = 16;  // slots between those that are read and those that are asked for
 
 // The sum, or the largest, of the lanes of a loop over lanes.
 inline float total(const float* part) {
@@ -108,10 +108,16 @@ inline void ask_for(Floats x, int64_t n) {
   for (uintptr_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(first + at), 0, 2);
 }
 
-// Cached keys or values of one head, [slots, dim], and the queries that share them.
+// Cached keys or values of one head, [slots, dim], and the queries that share them. A core follows several streams of
+// memory, each in pages of its own, faster than one; so quarters of the slots, but for a few at the end, take turns.
 struct Rows {
   Floats data;
   int64_t slots, dim, group;
+
+  int64_t quarter() const { return slots / 16 * 4; }
+  void ask_for_first() const {
+    for (int64_t i = 0; i < 4; ++i) ask_for(data + i * quarter() * dim, std::min(quarter(), kAhead) * dim);
+  }
 };
 
 // scores[h, s] = scaling * q[h] . keys[s]
@@ -165,7 +171,7 @@ void attend(const Attend& a) {
   float *q = key + dim, *scores = q + group * dim;
   const Rows keys{Floats{a.keys, a.dtype} + a.begin * dim, slots, dim, group};
   const Rows values{Floats{a.values, a.dtype} + a.begin * dim, slots, dim, group};
-  ask_for(keys.data, std::min(slots, kAhead) * dim);
+  keys.ask_for_first();
   Isa::load_floats(a.cos, dim, cos);
   Isa::load_floats(a.sin, dim, sin);
   if (a.k) {
@@ -183,7 +189,7 @@ void attend(const Attend& a) {
     rotate<Isa>(head, cos, sin, turned, dim, a.dtype);
   }
   Isa::score(keys, q, a.heads.scaling, scores);
-  ask_for(values.data, std::min(slots, kAhead) * dim);
+  values.ask_for_first();
   for (int64_t h = 0; h < group; ++h) {
     float *score = scores + h * slots, *part = a.part + h * a.parts * (dim + 2);
     const float largest = largest_of(score, slots);
@@ -244,7 +250,10 @@ void head(const Head& p, int64_t begin, int64_t end) {
   constexpr int64_t kAheadBytes = 4096;
   const int64_t rows = end - begin, ahead = kAheadBytes / element_size(p.weight.dtype);
   Buffer<float> sums(p.m * rows);
-  for (int64_t v = 0; v < rows; ++v) {
+  const int64_t quarter = (rows + 3) / 4;  // as in Rows
+  for (int64_t i = 0; i < 4 * quarter; ++i) {
+    const int64_t v = i % 4 * quarter + i / 4;
+    if (v >= rows) continue;
     const Floats row = p.weight + (begin + v) * p.k;
     for (int64_t t = 0; t < p.m; ++t) {
       sums[t * rows + v] = Isa::dot_of(row, p.x + t * p.k, p.k, t == 0 ? ahead : 0);
