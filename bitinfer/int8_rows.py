@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROW_SCALE = ".row_scale"
+DEVICES = ("cpu", "cuda")  # whose backends, of the same names, have compiled kernels
 SMALLEST_SCALE = 2.0**-126  # rows of zeros get it
 
 
@@ -40,16 +41,16 @@ class RowsLinear:
         weight: floating ``[V, K]``; it is rounded here, and not kept.
 
     Raises:
-        ValueError: it is not on a CPU, or the compiled kernels are not there.
+        ValueError: there are no compiled kernels for the device that it is on.
     """
 
     def __init__(self, weight: Tensor) -> None:
         from bitinfer.dispatch import BACKENDS
 
-        reason = BACKENDS["cpu"].unavailable()
-        if weight.device.type != "cpu" or reason is not None:
-            where = f"the model is on {weight.device.type}" if weight.device.type != "cpu" else reason
-            raise ValueError(f"a head in 8 bits is for CPUs with compiled kernels alone: {where}")
+        device = weight.device.type
+        reason = BACKENDS[device].unavailable() if device in DEVICES else f"the model is on {device}"
+        if reason is not None:
+            raise ValueError(f"a head in 8 bits is for CPUs and NVIDIA GPUs with compiled kernels alone: {reason}")
         codes, scale = round_rows(weight.detach())
         self.codes, self.scale = codes.contiguous(), scale.flatten()
 

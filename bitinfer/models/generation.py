@@ -106,7 +106,8 @@ def fuse(model: Model, *, head_bits: int | None = None) -> Model:
     Args:
         model: a causal model of transformers of the LLaMA or Qwen3 kind with packed layers, on one device.
         head_bits: 8 multiplies by a copy of the head whose rows are rounded to 8 bits, which in a small model is most
-            of what a token reads; an approximation, which ``bitinfer verify --head-bits 8`` measures. On CPUs alone.
+            of what a token reads; an approximation, which ``bitinfer verify --head-bits 8`` measures. On CPUs
+            and NVIDIA GPUs, with the compiled kernels alone.
 
     Raises:
         ValueError: it is of another kind, or has no packed layer; the message says what is in the way.
