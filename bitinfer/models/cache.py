@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitinfer import huge_pages
+
 CAPACITY_STEP = 256  # slots: generations of similar length share a cache, and on a GPU a graph
 
 
@@ -31,8 +33,10 @@ class KVCache:
     ) -> None:
         shape = (layers, batch, kv_heads, capacity, head_dim)
         # zeros: a masked score times NaN left by whoever had this memory would still be NaN
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (
+            huge_pages.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+            for _ in range(2)
+        )
 
     @property
     def batch(self) -> int:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from bitinfer import huge_pages
 from bitinfer.int8_rows import RowsLinear
 from bitinfer.models import cuda_layer
 from bitinfer.models.cache import KVCache, Span, round_capacity
 from bitinfer.models.cpu_layer import CpuLayers, cpu_layers
 from bitinfer.models.layers import GATED, PROJECTIONS, DecoderLayer
+from bitinfer.nn import BinaryLinear
 
 CHUNK = 1024  # tokens of a prompt that go through the layers at a time
 MOST_TOKENS = 32768  # of all prompts together
@@ -72,6 +74,9 @@ class Decoder:
         self.native: CpuLayers | None = None
         self.loop: Any = None  # of generation.py, over this cache
         self.cos = self.sin = torch.empty(0)
+        head = self.head.codes if isinstance(self.head, RowsLinear) else getattr(self.head, "weight", None)
+        huge_pages.move(m.weight for m in model.modules() if isinstance(m, BinaryLinear))
+        huge_pages.move([head] if isinstance(head, Tensor) else [])
 
     @property
     def dtype(self) -> torch.dtype:
