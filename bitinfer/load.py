@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from bitinfer import huge_pages
 from bitinfer.checkpoint import Checkpoint
 from bitinfer.embedded import embedded_model
 from bitinfer.errors import FormatError
 from bitinfer.formats import detect
 from bitinfer.formats.packed import QUANT_METHOD
+from bitinfer.nn import BinaryLinear
 
 STORED = "config"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -90,6 +92,7 @@ def load(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, device_map=device_map, **{**kwargs, **where}
     )
+    huge_pages.move(module.weight for module in model.modules() if isinstance(module, BinaryLinear))
     return model, _tokenizer(path, folder if is_local else None, where)
 
 

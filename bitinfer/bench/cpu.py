@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitinfer import ops
+from bitinfer import huge_pages, ops
 from bitinfer.backends.base import Problem
 from bitinfer.bench import ggml
 from bitinfer.bench.machine import cache_bytes, describe, read_bandwidth
@@ -196,7 +196,8 @@ def _packed_copies(n: int, k: int) -> list[BinaryWeight]:
     words = words_per_row(k)
     generator = torch.Generator().manual_seed(0)
     copies = cold_copies(4 * n * words)
-    signs = torch.randint(-(1 << 31), 1 << 31, (copies, n, words), dtype=torch.int32, generator=generator)
+    signs = huge_pages.zeros((copies, n, words), torch.int32)  # where bitinfer.load puts them
+    signs.random_(-(1 << 31), 1 << 31, generator=generator)
     if k % WORD_BITS:
         signs[..., -1] &= (1 << k % WORD_BITS) - 1
     in_scale, in_shift = torch.randn(2, 1, k, generator=generator)
