@@ -57,6 +57,14 @@ def select(problem: Problem) -> Backend:
     return _select(problem, _forced.get() or os.environ.get("BITINFER_BACKEND") or None)
 
 
+def unforced_cpu() -> Backend | None:
+    """Return the compiled CPU backend, None where it is not there or tensors are to go to another that is forced."""
+    if _forced.get() or os.environ.get("BITINFER_BACKEND"):
+        return None
+    cpu = BACKENDS["cpu"]
+    return cpu if cpu.unavailable() is None else None
+
+
 @lru_cache(maxsize=4096)
 def _select(problem: Problem, forced: str | None) -> Backend:
     reasons = explain(problem)

@@ -23,7 +23,7 @@ from bitinfer.checks import (
     check_sign_gemm,
     check_silu_mul_pack_activations,
 )
-from bitinfer.dispatch import select
+from bitinfer.dispatch import select, unforced_cpu
 from bitinfer.packing import words_per_row
 from bitinfer.weight import group_count
 
@@ -52,6 +52,7 @@ SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
+COMPILED = ("pack_signs", "pack_activations", "sign_gemm", "popcount_gemm")  # on every device with compiled kernels
 
 
 # ---------------------------------------------------------------------------------------------------- functional API
@@ -334,18 +335,24 @@ def apply_weight(x: Tensor, weight: PackedWeight, act_bits: int | None, act_bloc
 
 
 # ------------------------------------------- implementations and shape functions, their arguments as in SCHEMAS
-def _pack_signs(weight: Tensor) -> Tensor:
-    check_pack_signs(weight)
-    return select(_signs_problem(weight)).pack_signs(weight)
+def _implementation(name: str, check: Callable[..., None], problem_of: Callable[..., Problem]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # The compiled CPU ops check all that is checked here, only with fewer words. Asking them first spares decoding
+        # a Python that weights on their way through the caches have made slow.
+        compiled = unforced_cpu() if args[0].is_cpu and name in COMPILED else None
+        if compiled is not None:
+            try:
+                return getattr(compiled, name)(*args)
+            except RuntimeError:
+                pass
+        check(*args)
+        return getattr(select(problem_of(*args)), name)(*args)
+
+    return run
 
 
 def _signs_problem(weight: Tensor) -> Problem:
     return Problem("pack_signs", weight.device.type, weight.dtype)
-
-
-def _pack_activations(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_pack_activations(*args)
-    return select(_packing_problem(*args)).pack_activations(*args)
 
 
 def _packing_problem(
@@ -355,21 +362,12 @@ def _packing_problem(
     return Problem("pack_activations", x.device.type, x.dtype, bits, m=_tokens(x), k=k, group_size=group_size)
 
 
-def _rms_norm_pack_activations(*args: Any) -> tuple[Tensor, ...]:
-    check_rms_norm_pack_activations(*args)
-    x, _residual, _norm_weight, _eps, *pack = args
-    return select(_packing_problem(x, *pack)).rms_norm_pack_activations(*args)
+def _norm_packing_problem(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *pack: Any) -> Problem:
+    return _packing_problem(x, *pack)
 
 
-def _silu_mul_pack_activations(*args: Any) -> tuple[Tensor, ...]:
-    check_silu_mul_pack_activations(*args)
-    gate, _up, *pack = args
-    return select(_packing_problem(gate, *pack)).silu_mul_pack_activations(*args)
-
-
-def _sign_gemm(*args: Any) -> Tensor:
-    check_sign_gemm(*args)
-    return select(_sign_problem(*args)).sign_gemm(*args)
+def _silu_packing_problem(gate: Tensor, up: Tensor, *pack: Any) -> Problem:
+    return _packing_problem(gate, *pack)
 
 
 def _sign_problem(*args: Any) -> Problem:
@@ -377,11 +375,6 @@ def _sign_problem(*args: Any) -> Problem:
     return Problem(
         "sign_gemm", x.device.type, x.dtype, 0, _tokens(x), weight.shape[-2], in_features, _planes(weight), group_size
     )
-
-
-def _popcount_gemm(*args: Any) -> Tensor:
-    check_popcount_gemm(*args)
-    return select(_popcount_problem(*args)).popcount_gemm(*args)
 
 
 def _popcount_problem(*args: Any) -> Problem:
@@ -449,16 +442,26 @@ def _fake_popcount_gemm(*args: Any) -> Tensor:
     return planes.new_empty(*planes.shape[:-2], weight.shape[-2], dtype=dtype)
 
 
-for _name, _implementation, _fake in (
-    ("pack_signs", _pack_signs, _fake_pack_signs),
-    ("pack_activations", _pack_activations, _fake_pack_activations),
-    ("sign_gemm", _sign_gemm, _fake_sign_gemm),
-    ("popcount_gemm", _popcount_gemm, _fake_popcount_gemm),
-    ("rms_norm_pack_activations", _rms_norm_pack_activations, _fake_rms_norm_pack_activations),
-    ("silu_mul_pack_activations", _silu_mul_pack_activations, _fake_silu_mul_pack_activations),
+for _name, _check, _problem_of, _fake in (
+    ("pack_signs", check_pack_signs, _signs_problem, _fake_pack_signs),
+    ("pack_activations", check_pack_activations, _packing_problem, _fake_pack_activations),
+    ("sign_gemm", check_sign_gemm, _sign_problem, _fake_sign_gemm),
+    ("popcount_gemm", check_popcount_gemm, _popcount_problem, _fake_popcount_gemm),
+    (
+        "rms_norm_pack_activations",
+        check_rms_norm_pack_activations,
+        _norm_packing_problem,
+        _fake_rms_norm_pack_activations,
+    ),
+    (
+        "silu_mul_pack_activations",
+        check_silu_mul_pack_activations,
+        _silu_packing_problem,
+        _fake_silu_mul_pack_activations,
+    ),
 ):
     torch.library.define(f"bitinfer::{_name}", SCHEMAS[_name])
-    torch.library.impl(f"bitinfer::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.impl(f"bitinfer::{_name}", "CompositeExplicitAutograd", _implementation(_name, _check, _problem_of))
     torch.library.register_fake(f"bitinfer::{_name}", _fake)
 
 

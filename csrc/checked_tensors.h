@@ -1,7 +1,7 @@
 // What the torch sides of the CPU and CUDA ops share: checks for memory safety, and allocation.
 //
-// bitinfer/checks.py has checked the same arguments with the same care for words; the checks here stand alone, because
-// torch.ops.bitinfer_native can be called by anyone.
+// They stand alone: torch.ops.bitinfer_native can be called by anyone, and on a CPU bitinfer.ops asks bitinfer/checks.py
+// only for the words of an error, once these have refused a call.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -114,6 +115,11 @@ inline Floats columns(const Call& call, const char* name, OptionalTensor& tensor
   STD_TORCH_CHECK(tensor->dim() > 0 && tensor->size(-1) == k && tensor->numel() == k, call.op, ": ", name,
                   " must have shape (1, ", k, "), got ", to_string(sizes_of(*tensor)));
   return floats(call, name, *tensor);
+}
+
+inline void check_norm(const Call& call, std::optional<double> norm_eps) {
+  STD_TORCH_CHECK(!norm_eps || (*norm_eps >= 0 && std::isfinite(*norm_eps)), call.op,
+                  ": norm_eps must be None or a finite number from 0, got ", norm_eps.value_or(0));
 }
 
 // A matrix of rows that are contiguous each: two dimensions keep their row stride, all else is made contiguous.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bitinfer import BackendError, ops, use_backend
+from bitinfer import BackendError, checks, ops, use_backend
 from bitinfer.backends.base import Problem
 from bitinfer.backends.reference import unpack_activations
 from bitinfer.checks import ACT_BITS
@@ -286,6 +286,48 @@ def test_sign_gemm_errors(error, match, change):
 def test_popcount_gemm_errors(error, match, change):
     with pytest.raises(error, match="popcount_gemm: .*" + match):
         torch.ops.bitinfer.popcount_gemm(*(change.get(i, a) for i, a in enumerate(POPCOUNT)))
+
+
+def changed(value, kind):
+    """Yield what somebody might pass by mistake in place of an argument of a schema's type."""
+    if isinstance(value, torch.Tensor):
+        yield from (None, value.double(), value.to("meta"), value[:0], value[..., :-1], value.unsqueeze(0), value[0])
+        yield from (
+            value.new_zeros(()),
+            value.new_zeros(*value.shape, 2),
+            value.transpose(0, -1),
+            value.view(torch.uint8),
+        )
+        yield torch.cat([value.view(torch.int32) if value.dtype == torch.uint32 else value] * 2).view(value.dtype)
+        yield from (value.new_zeros(value.shape, dtype=dtype) for dtype in (*DTYPES, torch.int32, torch.uint32))
+    elif isinstance(value, int):
+        yield from (value + 1, value - 1, 2 * value, -value, 0, 32, 40, 96, 128, 1 << 40)
+    elif isinstance(value, float) or "float" in kind:
+        value = value or 1.0
+        yield from (None, -value, 0.0, float("inf"), float("nan"))
+    elif value is None:
+        yield from (torch.ones(3, 1), torch.ones(7), torch.ones(1, 320), torch.ones(1, 320).half())
+    else:
+        yield from (torch.float32, torch.float16, torch.float64, torch.int32)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS_HERE, reason="the compiled CPU library is not here")
+@pytest.mark.parametrize("name", [name for name in op_calls() if name.split(",")[0] in ops.COMPILED])
+def test_the_compiled_ops_refuse_what_the_checks_refuse(name):
+    """Arguments on the CPU go to them unchecked; what they refuse is checked for an error with words."""
+    op, arguments = name.split(",")[0], op_calls()[name]
+    native, check = getattr(torch.ops.bitinfer_native, op), getattr(checks, f"check_{op}")
+    refused = 0
+    for i, argument in enumerate(arguments):
+        for value in changed(argument, str(native.default._schema.arguments[i].type)):
+            call = (*arguments[:i], value, *arguments[i + 1 :])
+            try:
+                check(*call)
+            except (TypeError, ValueError, AttributeError, IndexError):
+                refused += 1
+                with pytest.raises(RuntimeError):
+                    native(*call)
+    assert refused >= 5
 
 
 def test_pack_activations_errors():

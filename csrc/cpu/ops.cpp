@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_activations(Tensor x, OptionalTe
 Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor weight_scale, OptionalTensor in_scale,
                  OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias, int64_t group_size,
                  std::optional<double> norm_eps) {
+  check_norm(Call{"sign_gemm"}, norm_eps);
   const bitinfer::SignGemmCall call(Call{"sign_gemm"}, x, weight, in_features, weight_scale, in_scale, in_shift,
                                     group_shift, bias, group_size);
   bitinfer::cpu::sign_gemm(active_kernels(), call.problem, norm_eps, parallel_for);
@@ -41,6 +42,7 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
 Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTensor act_shift, Tensor weight,
                      int64_t in_features, OptionalTensor weight_scale, OptionalTensor group_shift, OptionalTensor bias,
                      int64_t group_size, int64_t block_size, std::optional<double> norm_eps, ScalarType dtype) {
+  check_norm(Call{"popcount_gemm"}, norm_eps);
   const bitinfer::PopcountGemmCall call(Call{"popcount_gemm"}, planes, act_scale, act_sum, act_shift, weight,
                                         in_features, weight_scale, group_shift, bias, group_size, block_size, dtype);
   bitinfer::cpu::popcount_gemm(active_kernels(), call.problem, norm_eps, parallel_for);

@@ -177,6 +177,7 @@ Tensor sign_gemm(Tensor x, Tensor weight, int64_t in_features, OptionalTensor we
                  OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias, int64_t group_size,
                  std::optional<double> norm_eps) {
   const OnDevice on("sign_gemm", x, kSettled);
+  check_norm(on.call, norm_eps);
   const SignGemmCall call(on.call, x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias,
                           group_size);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
@@ -189,6 +190,7 @@ Tensor popcount_gemm(Tensor planes, Tensor act_scale, Tensor act_sum, OptionalTe
                      int64_t in_features, OptionalTensor weight_scale, OptionalTensor group_shift, OptionalTensor bias,
                      int64_t group_size, int64_t block_size, std::optional<double> norm_eps, ScalarType dtype) {
   const OnDevice on("popcount_gemm", planes, kSettled);
+  check_norm(on.call, norm_eps);
   const PopcountGemmCall call(on.call, planes, act_scale, act_sum, act_shift, weight, in_features, weight_scale,
                               group_shift, bias, group_size, block_size, dtype);
   if (call.problem.m == 0 || call.problem.weight.n == 0) return *call.y;
