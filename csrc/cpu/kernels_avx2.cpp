@@ -1,12 +1,6 @@
 // The AVX2 table. Eight (sign_gemm) or 32 (popcount_gemm) weight rows sit in the lanes of a register, the tables of a
 // token are registers too, and a lookup is one vpermps or vpshufb with the packed bits as the index.
 #include "dispatch.h"
-#ifndef AR
-#define AR 32
-#define AW 64
-#define BR 64
-#define BW 32
-#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 
@@ -177,6 +171,9 @@ struct Avx2Signs : Conversions {
     }
   };
 
+  // The same sum by the ports that multiply: lookups and the transpose keep the others busy.
+  static __m256 add(__m256 a, __m256 b) { return _mm256_fmadd_ps(a, _mm256_set1_ps(1), b); }
+
   // 8*R rows and T tokens from row r on; R*T sums stay in registers over the whole chunk
   template <int R, int T>
   static void block(const Tile& tile, int64_t offset, int64_t r, int64_t words, const float* tables,
@@ -196,9 +193,9 @@ struct Avx2Signs : Conversions {
           const __m256 table0 = _mm256_loadu_ps(tables + t * token_stride + 16 * pair);
           const __m256 table1 = _mm256_loadu_ps(tables + t * token_stride + 16 * pair + 8);
           for (int i = 0; i < R; ++i) {
-            const __m256 two =
-                _mm256_add_ps(_mm256_permutevar8x32_ps(table0, index[i]), _mm256_permutevar8x32_ps(table1, next[i]));
-            acc[i][t] = _mm256_add_ps(acc[i][t], two);
+            const __m256 two = add(_mm256_permutevar8x32_ps(table0, index[i]),  //
+                                   _mm256_permutevar8x32_ps(table1, next[i]));
+            acc[i][t] = add(acc[i][t], two);
           }
         }
         for (int i = 0; i < R; ++i) index[i] = _mm256_srli_epi32(next[i], 3);
@@ -236,6 +233,7 @@ struct Avx2Signs : Conversions {
 // low, low unsigned. Signed sums are raised by 4 * 2^(bits-1) (no subset sum of four is smaller than minus that).
 struct Avx2Counts : Conversions {
   static constexpr int64_t kRowTile = 64, kRows = 64, kWords = 32;
+  static constexpr bool kStreams = true;
 
   static constexpr int64_t table_bytes(int64_t bits) { return 8 * 16 * (bits == 8 ? 2 : 1); }
   static constexpr int32_t raise(int64_t bits) { return 4 << ((bits == 8 ? 4 : bits == 1 ? 1 : bits) - 1); }
@@ -390,6 +388,61 @@ struct Avx2Counts : Conversions {
       }
     }
     for (int v = 0; v < 2; ++v) flush(low[v], high[v], counts + r + 32 * v);
+  }
+
+  // One token: 32 rows at a time go from memory through the transpose of Tile::load straight to the lookups.
+  template <int kTables, int kRun>
+  static void stream(const uint32_t* first, int64_t stride, int64_t rows, int64_t words, const std::byte* tables,
+                     Ahead& ahead, int32_t* counts) {
+    static_assert(kRun == 4 || kRun == 8);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int64_t r = 0; r < rows; r += 32) {
+      const uint32_t* row[32];
+      row_pointers<32>(first, stride, r, rows, row);
+      Accumulator low, high;
+      low.clear();
+      high.clear();
+      const std::byte* table = tables;
+      for (int64_t w = 0; w < words; w += 4) {
+        ahead.lines(8);
+        __m256i half[16];
+        for (int i = 0; i < 4; ++i) {
+          __m256i in[4];
+          for (int j = 0; j < 4; ++j) in[j] = four_words(row[i + 4 * j], row[i + 4 * j + 16], w, words);
+          Tile::interleave(in, half + 4 * i);
+        }
+        for (int i = 0; i < 4 && w + i < words; ++i, table += 8 * 16 * kTables) {
+          const __m256i in[4] = {half[i], half[i + 4], half[i + 8], half[i + 12]};
+          __m256i bytes[4], low_bytes = {}, high_bytes = {};
+          Tile::interleave(in, bytes);
+          const auto look_up = [&](__m256i index, int n) {
+            const __m256i low_table = _mm256_broadcastsi128_si256(load128(table + 16 * kTables * n));
+            low_bytes = _mm256_add_epi8(low_bytes, _mm256_shuffle_epi8(low_table, index));
+            if (kTables == 1) return;
+            const __m256i high_table = _mm256_broadcastsi128_si256(load128(table + 16 * kTables * n + 16));
+            high_bytes = _mm256_add_epi8(high_bytes, _mm256_shuffle_epi8(high_table, index));
+          };
+          for (int j = 0; j < 4; ++j) {
+            look_up(_mm256_and_si256(bytes[j], nibble), 2 * j);
+            look_up(_mm256_and_si256(_mm256_srli_epi16(bytes[j], 4), nibble), 2 * j + 1);
+            if ((2 * j + 2) % kRun) continue;
+            low.add(low_bytes);
+            low_bytes = _mm256_setzero_si256();
+            if (kTables == 1) continue;
+            high.add(high_bytes);
+            high_bytes = _mm256_setzero_si256();
+          }
+        }
+      }
+      flush(low, high, counts + r);
+    }
+  }
+
+  static void stream(const uint32_t* first, int64_t stride, int64_t rows, int64_t words, int64_t bits,
+                     const std::byte* tables, Ahead& ahead, int32_t* counts) {
+    if (bits == 8) return stream<2, 4>(first, stride, rows, words, tables, ahead, counts);
+    if (bits == 4) return stream<1, 4>(first, stride, rows, words, tables, ahead, counts);
+    stream<1, 8>(first, stride, rows, words, tables, ahead, counts);
   }
 
   static void lookup(const Tile& tile, int64_t offset, int64_t rows, int64_t words, int64_t bits,

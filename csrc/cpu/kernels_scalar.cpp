@@ -118,6 +118,7 @@ struct ScalarSigns : Conversions, RowTile {
 // Four columns to a table of their sixteen subset sums, as int16.
 struct ScalarCounts : Conversions, RowTile {
   using Tile = RowTile;
+  static constexpr bool kStreams = false;
 
   static constexpr int64_t table_bytes(int64_t) { return 8 * 16 * sizeof(int16_t); }
   static constexpr int32_t offset(int64_t) { return 0; }
