@@ -46,14 +46,30 @@ void pack_signs(const PackSigns& p, int64_t row_begin, int64_t row_end) {
   }
 }
 
-// sum of x * y in double, in an order that does not depend on the instruction set
-inline double dot(const float* x, const float* y, int64_t n) {
+// z = in_scale * x, and what an in_shift adds to all outputs: in_shift . x, summed in double in an order that does not
+// depend on the instruction set. All that is read is read once, side by side.
+template <class Isa>
+float scale_token(Floats x, Floats in_scale, Floats in_shift, int64_t k, float* z) {
+  constexpr int64_t kPiece = 512;
+  alignas(64) float columns[kPiece];
   double part[8] = {};
-  for (int64_t i = 0; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) part[j] += static_cast<double>(x[i + j]) * y[i + j];
+  for (int64_t begin = 0; begin < k; begin += kPiece) {
+    const int64_t count = k - begin < kPiece ? k - begin : kPiece;
+    float* piece = z + begin;
+    Isa::load_floats(x + begin, count, piece);
+    if (in_shift) {
+      Isa::load_floats(in_shift + begin, count, columns);
+      for (int64_t i = 0; i + 8 <= count; i += 8) {
+        for (int j = 0; j < 8; ++j) part[j] += static_cast<double>(piece[i + j]) * columns[i + j];
+      }
+      for (int64_t i = count / 8 * 8; i < count; ++i) part[i % 8] += static_cast<double>(piece[i]) * columns[i];
+    }
+    if (in_scale) {
+      Isa::load_floats(in_scale + begin, count, columns);
+      for (int64_t i = 0; i < count; ++i) piece[i] *= columns[i];
+    }
   }
-  for (int64_t i = n / 8 * 8; i < n; ++i) part[i % 8] += static_cast<double>(x[i]) * y[i];
-  return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+  return static_cast<float>(((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7])));
 }
 
 inline double sum(const float* x, int64_t n) {
@@ -109,19 +125,12 @@ template <class Isa>
 void pack_activations(const PackActivations& p, int64_t token_begin, int64_t token_end) {
   const int64_t k = p.k, words = words_per_row(k), blocks = group_count(k, p.block_size);
   const int64_t segment = segment_size(p.block_size, p.group_size), segments = group_count(k, segment);
-  Buffer<float> z(k), columns(k);
+  Buffer<float> z(k);
   Buffer<int8_t> q(words * kWordBits);
   for (int64_t i = k; i < words * kWordBits; ++i) q[i] = 0;
   for (int64_t t = token_begin; t < token_end; ++t) {
-    Isa::load_floats(p.x + t * p.stride, k, z.data());
-    if (p.in_shift) {
-      Isa::load_floats(p.in_shift, k, columns.data());
-      p.shift[t] = static_cast<float>(dot(z.data(), columns.data(), k));
-    }
-    if (p.in_scale) {
-      Isa::load_floats(p.in_scale, k, columns.data());
-      for (int64_t i = 0; i < k; ++i) z[i] *= columns[i];
-    }
+    const float shift = scale_token<Isa>(p.x + t * p.stride, p.in_scale, p.in_shift, k, z.data());
+    if (p.in_shift) p.shift[t] = shift;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * p.block_size, end = p.block_size && begin + p.block_size < k ? begin + p.block_size : k;
       p.scale[t * blocks + b] = quantise(z.data() + begin, end - begin, p.bits, q.data() + begin);

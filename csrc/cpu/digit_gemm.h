@@ -54,12 +54,8 @@ template <class Isa>
 void add_without_digits(const SignGemm& p, int64_t t, int64_t n0, int64_t rows, PanelScales<Isa>& scales, int64_t plane,
                         float* a) {
   const Weight& w = p.weight;
-  Buffer<float> z(w.k), columns(w.k);
-  Isa::load_floats(p.x + t * p.stride, w.k, z.data());
-  if (p.in_scale) {
-    Isa::load_floats(p.in_scale, w.k, columns.data());
-    for (int64_t i = 0; i < w.k; ++i) z[i] *= columns[i];
-  }
+  Buffer<float> z(w.k);
+  scale_token<Isa>(p.x + t * p.stride, p.in_scale, {}, w.k, z.data());
   for (int64_t r = 0; r < rows; ++r) {
     const uint32_t* signs = w.signs + (plane * w.n + n0 + r) * w.words();
     const int64_t group = w.group_size ? w.group_size : w.k;

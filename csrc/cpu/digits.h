@@ -173,18 +173,9 @@ template <class Isa>
 void sign_digits(const SignGemm& p, std::byte* prepared, int64_t token_begin, int64_t token_end) {
   const DigitRecord record = record_of<Isa>(p);
   const int64_t k = p.weight.k;
-  Buffer<float> z(k), columns(k);
+  Buffer<float> z(k);
   for (int64_t t = token_begin; t < token_end; ++t) {
-    Isa::load_floats(p.x + t * p.stride, k, z.data());
-    record.shift(prepared)[t] = 0;
-    if (p.in_shift) {
-      Isa::load_floats(p.in_shift, k, columns.data());
-      record.shift(prepared)[t] = static_cast<float>(dot(z.data(), columns.data(), k));
-    }
-    if (p.in_scale) {
-      Isa::load_floats(p.in_scale, k, columns.data());
-      for (int64_t i = 0; i < k; ++i) z[i] *= columns[i];
-    }
+    record.shift(prepared)[t] = scale_token<Isa>(p.x + t * p.stride, p.in_scale, p.in_shift, k, z.data());
     for (int64_t s = 0; p.weight.group_shift && s < record.segments; ++s) {
       const int64_t begin = s * record.segment_words * kWordBits, count = record.words_of(s) * kWordBits;
       record.sums(prepared)[t * record.segments + s] =

@@ -46,19 +46,10 @@ void sign_prepare(const SignGemm& p, std::byte* prepared, int64_t token_begin, i
   const SignRecord<Isa> record(p.weight);
   const int64_t k = p.weight.k, padded = record.words * kWordBits;
   const int64_t group = p.weight.group_size ? p.weight.group_size : k;
-  Buffer<float> z(padded), columns(k);
+  Buffer<float> z(padded);
   for (int64_t t = token_begin; t < token_end; ++t) {
     float* out = reinterpret_cast<float*>(prepared) + t * record.stride;
-    Isa::load_floats(p.x + t * p.stride, k, z.data());
-    out[record.shift()] = 0;
-    if (p.in_shift) {
-      Isa::load_floats(p.in_shift, k, columns.data());
-      out[record.shift()] = static_cast<float>(dot(z.data(), columns.data(), k));
-    }
-    if (p.in_scale) {
-      Isa::load_floats(p.in_scale, k, columns.data());
-      for (int64_t i = 0; i < k; ++i) z[i] *= columns[i];
-    }
+    out[record.shift()] = scale_token<Isa>(p.x + t * p.stride, p.in_scale, p.in_shift, k, z.data());
     for (int64_t i = k; i < padded; ++i) z[i] = 0;
     if (p.weight.group_shift) {
       for (int64_t g = 0; g < record.groups; ++g) {
