@@ -19,48 +19,13 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "avx2.h"
 #include "decoder_rows.h"
 
 namespace bitinfer::cpu {
 namespace {
 
-struct Avx2 {
-  static void load_floats(Floats src, int64_t n, float* dst) {
-    if (n == 0) return;
-    if (src.dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    const auto* values = static_cast<const uint16_t*>(src.data);
-    const bool half = src.dtype == Dtype::kFloat16;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i));
-      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-      _mm256_storeu_ps(dst + i, half ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(wide));
-    }
-    for (; i < n; ++i) dst[i] = half ? half_to_float(values[i]) : bfloat16_to_float(values[i]);
-  }
-
-  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
-    if (n == 0) return;
-    if (dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    auto* values = static_cast<uint16_t*>(dst);
-    if (dtype == Dtype::kBFloat16) {
-      for (int64_t i = 0; i < n; ++i) values[i] = float_to_bfloat16(src[i]);
-      return;
-    }
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-      const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), bits);
-    }
-    for (; i < n; ++i) values[i] = float_to_half(src[i]);
-  }
-
+struct Avx2 : Avx2Floats {
   static float dot(const float* x, const float* y, int64_t n) {
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     int64_t i = 0;

@@ -7,33 +7,12 @@
 #include "buffer.h"
 #include "decoder_kernels.h"
 #include "decoder_rows.h"
+#include "scalar.h"
 
 namespace bitinfer::cpu {
 namespace {
 
-struct Scalar {
-  static void load_floats(Floats src, int64_t n, float* dst) {
-    if (n == 0) return;
-    if (src.dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    const auto* values = static_cast<const uint16_t*>(src.data);
-    const bool half = src.dtype == Dtype::kFloat16;
-    for (int64_t i = 0; i < n; ++i) dst[i] = half ? half_to_float(values[i]) : bfloat16_to_float(values[i]);
-  }
-
-  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
-    if (n == 0) return;
-    if (dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    auto* values = static_cast<uint16_t*>(dst);
-    const bool half = dtype == Dtype::kFloat16;
-    for (int64_t i = 0; i < n; ++i) values[i] = half ? float_to_half(src[i]) : float_to_bfloat16(src[i]);
-  }
-
+struct Scalar : ScalarFloats {
   static float dot(const float* x, const float* y, int64_t n) {
     float part[kLanes] = {};
     for (int64_t i = 0; i + kLanes <= n; i += kLanes) {

@@ -23,6 +23,7 @@
 
 // clang-format off: the templates need each other and the headers above in this order
 #include "activations.h"
+#include "avx2.h"
 #include "sign_gemm.h"
 #include "popcount_gemm.h"
 // clang-format on
@@ -30,58 +31,7 @@
 namespace bitinfer::cpu {
 namespace {
 
-__m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-__m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-
-// Round to nearest even on the upper half of each float; NaN stays NaN.
-__m256i to_bfloat16_bits(__m256 value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-}
-
-struct Conversions {
-  static void load_floats(Floats src, int64_t n, float* dst) {
-    if (n == 0) return;
-    if (src.dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    const auto* values = static_cast<const uint16_t*>(src.data);
-    const bool half = src.dtype == Dtype::kFloat16;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-      const __m128i bits = load128(values + i);
-      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-      _mm256_storeu_ps(dst + i, half ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(wide));
-    }
-    for (; i < n; ++i) dst[i] = half ? half_to_float(values[i]) : bfloat16_to_float(values[i]);
-  }
-
-  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
-    if (n == 0) return;
-    if (dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    auto* values = static_cast<uint16_t*>(dst);
-    const bool half = dtype == Dtype::kFloat16;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-      const __m256 value = _mm256_loadu_ps(src + i);
-      const __m256i wide = to_bfloat16_bits(value);
-      const __m128i brain = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-      const __m128i bits = half ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : brain;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), bits);
-    }
-    for (; i < n; ++i) values[i] = half ? float_to_half(src[i]) : float_to_bfloat16(src[i]);
-  }
-};
-
-struct Avx2Activations : Conversions {
+struct Avx2Activations : Avx2Floats {
   static void pack_signs(const float* x, int64_t words, uint32_t* out) {
     const __m256 zero = _mm256_setzero_ps();
     for (int64_t w = 0; w < words; ++w) {
@@ -126,7 +76,7 @@ __m256i four_words(const uint32_t* lower, const uint32_t* upper, int64_t w, int6
 
 // Three columns to a table of their eight signed sums: bits 3*i ... 3*i+2 of a word index table i, and vpermps looks at
 // no other bit. The last of a word's eleven tables stands for two columns.
-struct Avx2Signs : Conversions {
+struct Avx2Signs : Avx2Floats {
   static constexpr int64_t kRowTile = 32, kRows = 32, kWords = 64, kTables = 11, kTableFloats = kTables * 8;
 
   static void build_tables(const float* z, int64_t words, float* tables) {
@@ -231,7 +181,7 @@ struct Avx2Signs : Conversions {
 
 // Four columns to a table of their sixteen subset sums, in unsigned bytes. Eight bits need two tables: q = 16*high +
 // low, low unsigned. Signed sums are raised by 4 * 2^(bits-1) (no subset sum of four is smaller than minus that).
-struct Avx2Counts : Conversions {
+struct Avx2Counts : Avx2Floats {
   static constexpr int64_t kRowTile = 64, kRows = 64, kWords = 32;
   static constexpr bool kStreams = true;
 
@@ -465,7 +415,7 @@ struct Avx2Counts : Conversions {
 
 constexpr Kernels kKernels = {pack_signs<Avx2Activations>, pack_activations<Avx2Activations>,
                               sign_gemm_kernel<Avx2Signs>(), popcount_gemm_kernel<Avx2Counts>(),
-                              layer_norm<Conversions>};
+                              layer_norm<Avx2Floats>};
 
 }  // namespace
 }  // namespace bitinfer::cpu

@@ -8,42 +8,13 @@
 
 // clang-format off: the templates need each other and the headers above in this order
 #include "activations.h"
+#include "scalar.h"
 #include "sign_gemm.h"
 #include "popcount_gemm.h"
 // clang-format on
 
 namespace bitinfer::cpu {
 namespace {
-
-struct Conversions {
-  static void load_floats(Floats src, int64_t n, float* dst) {
-    if (n == 0) return;
-    if (src.dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src.data, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    const auto* values = static_cast<const uint16_t*>(src.data);
-    if (src.dtype == Dtype::kFloat16) {
-      for (int64_t i = 0; i < n; ++i) dst[i] = half_to_float(values[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) dst[i] = bfloat16_to_float(values[i]);
-    }
-  }
-
-  static void store_floats(const float* src, int64_t n, Dtype dtype, void* dst) {
-    if (n == 0) return;
-    if (dtype == Dtype::kFloat32) {
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    auto* values = static_cast<uint16_t*>(dst);
-    if (dtype == Dtype::kFloat16) {
-      for (int64_t i = 0; i < n; ++i) values[i] = float_to_half(src[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) values[i] = float_to_bfloat16(src[i]);
-    }
-  }
-};
 
 // A tile that leaves the words where they are.
 struct RowTile {
@@ -58,7 +29,7 @@ struct RowTile {
   }
 };
 
-struct ScalarActivations : Conversions {
+struct ScalarActivations : ScalarFloats {
   static void pack_signs(const float* x, int64_t words, uint32_t* out) {
     for (int64_t w = 0; w < words; ++w) {
       uint32_t word = 0;
@@ -83,7 +54,7 @@ struct ScalarActivations : Conversions {
 };
 
 // Four columns to a table of their sixteen signed sums.
-struct ScalarSigns : Conversions, RowTile {
+struct ScalarSigns : ScalarFloats, RowTile {
   using Tile = RowTile;
   static constexpr int64_t kTableFloats = 8 * 16;
 
@@ -116,7 +87,7 @@ struct ScalarSigns : Conversions, RowTile {
 };
 
 // Four columns to a table of their sixteen subset sums, as int16.
-struct ScalarCounts : Conversions, RowTile {
+struct ScalarCounts : ScalarFloats, RowTile {
   using Tile = RowTile;
   static constexpr bool kStreams = false;
 
@@ -162,7 +133,7 @@ struct ScalarCounts : Conversions, RowTile {
 
 constexpr Kernels kKernels = {pack_signs<ScalarActivations>, pack_activations<ScalarActivations>,
                               sign_gemm_kernel<ScalarSigns>(), popcount_gemm_kernel<ScalarCounts>(),
-                              layer_norm<Conversions>};
+                              layer_norm<ScalarFloats>};
 
 }  // namespace
 
