@@ -1,7 +1,7 @@
 // What the torch sides of the CPU and CUDA ops share: checks for memory safety, and allocation.
 //
-// They stand alone: torch.ops.bitinfer_native can be called by anyone, and on a CPU bitinfer.ops asks bitinfer/checks.py
-// only for the words of an error, once these have refused a call.
+// They stand alone: torch.ops.bitinfer_native can be called by anyone, and on a CPU bitinfer.ops asks
+// bitinfer/checks.py only for the words of an error, once these have refused a call.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
