@@ -7,26 +7,26 @@ namespace bitinfer::cpu {
 namespace {
 
 // Asks for memory that will be read soon, into the second-level cache; it may lie outside of any allocation. Four
-// quarters take turns: a processor follows several streams, each in pages of its own, faster than one.
+// quarters go side by side: a processor follows several streams, each in pages of its own, faster than one.
 class Ahead {
  public:
   Ahead() : Ahead(nullptr, 0, 0) {}
   // `bytes` of memory, of which so many have been asked for
   Ahead(const void* first, int64_t bytes, int64_t done)
       : next_(reinterpret_cast<uintptr_t>(first) + static_cast<uintptr_t>(done / kStreams)),
-        stride_(bytes / kStreams) {}
+        stride_(static_cast<uintptr_t>(bytes / kStreams)) {}
   void lines(int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(reinterpret_cast<const void*>(next_ + static_cast<uintptr_t>(turn_ * stride_)), 0, 2);
-      turn_ = (turn_ + 1) % kStreams;
-      if (turn_ == 0) next_ += 64;
+    for (due_ += count; due_ >= kStreams; due_ -= kStreams, next_ += 64) {
+      for (uintptr_t i = 0; i < kStreams; ++i) {
+        __builtin_prefetch(reinterpret_cast<const void*>(next_ + i * stride_), 0, 2);
+      }
     }
   }
 
  private:
   static constexpr int64_t kStreams = 4;
-  uintptr_t next_;
-  int64_t stride_, turn_ = 0;
+  uintptr_t next_, stride_;
+  int64_t due_ = 0;
 };
 
 constexpr float kSmallestAbsmax = 0x1p-96f;  // smaller blocks become zeros: 127 / absmax must stay finite

@@ -20,8 +20,8 @@ namespace {
 struct RowTile {
   static constexpr int64_t kRowTile = 8, kRows = 64, kWords = 16;
 
-  const uint32_t* first;
-  int64_t stride;
+  const uint32_t* first = nullptr;
+  int64_t stride = 0;
 
   void load(const uint32_t* words, int64_t row_stride, int64_t, int64_t) {
     first = words;
@@ -89,7 +89,6 @@ struct ScalarSigns : ScalarFloats, RowTile {
 // Four columns to a table of their sixteen subset sums, as int16.
 struct ScalarCounts : ScalarFloats, RowTile {
   using Tile = RowTile;
-  static constexpr bool kStreams = false;
 
   static constexpr int64_t table_bytes(int64_t) { return 8 * 16 * sizeof(int16_t); }
   static constexpr int32_t offset(int64_t) { return 0; }

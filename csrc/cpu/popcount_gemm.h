@@ -15,8 +15,7 @@
 // reordered.
 //
 // Isa provides: kRows, kWords, table_bytes(bits) per word, offset(bits) by which the lookups of one word come out too
-// large (tables hold unsigned bytes), add_plane, build_tables, Tile with load(), lookup(); kStreams, and if so
-// stream(), which looks up a chunk of one token without a tile.
+// large (tables hold unsigned bytes), add_plane, build_tables, Tile with load(), lookup().
 namespace bitinfer::cpu {
 namespace {
 
@@ -92,7 +91,6 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
   Buffer<float> a(p.m * kRows), scale(w.scale ? w.planes * plane_floats : 0), shift(w.group_shift ? plane_floats : 0);
   Buffer<float> staging(w.scale || w.group_shift ? plane_floats : 0), bias(kRows);
   Buffer<int32_t> count(p.m * kRows);
-  const bool streams = Isa::kStreams && p.m == 1;
   typename Isa::Tile tile;
   Ahead ahead;
   for (int64_t n0 = row_begin; n0 < row_end; n0 += kRows) {
@@ -113,18 +111,11 @@ void count_multiply(const PopcountGemm& p, const std::byte* prepared, int64_t ro
           const int64_t offset = w0 % kWords, tile_begin = w0 - offset, tile_end = tile_begin + kWords;
           const int64_t chunk = (end < tile_end ? end : tile_end) - w0;
           if (offset == 0 || w.planes > 1) {  // planes of several segments take turns
-            if (!streams) {
-              tile.load(signs + tile_begin, words, rows, words - tile_begin < kWords ? words - tile_begin : kWords);
-            }
+            tile.load(signs + tile_begin, words, rows, words - tile_begin < kWords ? words - tile_begin : kWords);
             ahead = Ahead(signs + kRows * words, kRows * words * kWordBytes, kRows * tile_begin * kWordBytes);
           }
-          const std::byte* tables = prepared + w0 * record.table_bytes;
-          if constexpr (Isa::kStreams) {
-            if (streams) Isa::stream(signs + w0, words, rows, chunk, p.bits, tables, ahead, count.data());
-          }
-          if (!streams) {
-            Isa::lookup(tile, offset, rows, chunk, p.bits, tables, record.stride, p.m, ahead, count.data());
-          }
+          Isa::lookup(tile, offset, rows, chunk, p.bits, prepared + w0 * record.table_bytes, record.stride, p.m, ahead,
+                      count.data());
           w0 += chunk;
         }
         const float* row_scale = w.scale ? scale.data() + plane * plane_floats + g * kRows : nullptr;
