@@ -1,6 +1,7 @@
 """The choice of a backend for a problem, with the reason why each other one cannot run it.
 
-``BITINFER_BACKEND=<name>`` or :func:`use_backend` force one; a forced backend that cannot run is an error.
+:func:`use_backend` forces one, and so does ``BITINFER_BACKEND=<name>``, read at import; a forced backend that
+cannot run is an error.
 """
 
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
@@ -24,7 +26,10 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (CUDABackend(), CPUBackend(), TritonBackend(), ReferenceBackend())
 }
 
-_forced: ContextVar[str | None] = ContextVar("bitinfer_forced_backend", default=None)
+_COMPILED_CPU_OPS = torch.ops.bitinfer_native if BACKENDS["cpu"].unavailable() is None else None
+_forced: ContextVar[str | None] = ContextVar(
+    "bitinfer_forced_backend", default=os.environ.get("BITINFER_BACKEND") or None
+)
 
 
 @contextmanager
@@ -54,15 +59,12 @@ def select(problem: Problem) -> Backend:
     Raises:
         BackendError: the forced backend is unknown or cannot run the problem.
     """
-    return _select(problem, _forced.get() or os.environ.get("BITINFER_BACKEND") or None)
+    return _select(problem, _forced.get())
 
 
-def unforced_cpu() -> Backend | None:
-    """Return the compiled CPU backend, None where it is not there or tensors are to go to another that is forced."""
-    if _forced.get() or os.environ.get("BITINFER_BACKEND"):
-        return None
-    cpu = BACKENDS["cpu"]
-    return cpu if cpu.unavailable() is None else None
+def compiled_cpu_ops() -> Any:
+    """Return the namespace of the compiled CPU ops, None where they are missing or another backend is forced."""
+    return None if _forced.get() else _COMPILED_CPU_OPS
 
 
 @lru_cache(maxsize=4096)

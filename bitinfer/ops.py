@@ -23,7 +23,7 @@ from bitinfer.checks import (
     check_sign_gemm,
     check_silu_mul_pack_activations,
 )
-from bitinfer.dispatch import select, unforced_cpu
+from bitinfer.dispatch import compiled_cpu_ops, select
 from bitinfer.packing import words_per_row
 from bitinfer.weight import group_count
 
@@ -68,7 +68,7 @@ def pack_signs(weight: Tensor) -> Tensor:
     Raises:
         TypeError: ``weight`` has another dtype.
     """
-    return torch.ops.bitinfer.pack_signs(weight)
+    return _call("pack_signs", weight)
 
 
 def pack_activations(
@@ -104,7 +104,7 @@ def pack_activations(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or value.
     """
-    return torch.ops.bitinfer.pack_activations(x, in_scale, in_shift, bits, block_size, group_size)
+    return _call("pack_activations", x, in_scale, in_shift, bits, block_size, group_size)
 
 
 def rms_norm_pack_activations(
@@ -199,8 +199,8 @@ def sign_gemm(
         TypeError, ValueError: an argument has the wrong dtype or shape.
         BackendError: the forced backend cannot run it.
     """
-    return torch.ops.bitinfer.sign_gemm(
-        x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps
+    return _call(
+        "sign_gemm", x, weight, in_features, weight_scale, in_scale, in_shift, group_shift, bias, group_size, norm_eps
     )
 
 
@@ -244,7 +244,8 @@ def popcount_gemm(
         TypeError, ValueError: an argument has the wrong dtype or shape.
         BackendError: the forced backend cannot run it.
     """
-    return torch.ops.bitinfer.popcount_gemm(
+    return _call(
+        "popcount_gemm",
         planes,
         act_scale,
         act_sum,
@@ -311,13 +312,24 @@ def apply_weight(x: Tensor, weight: PackedWeight, act_bits: int | None, act_bloc
     """Do what :func:`binary_linear` does, without a gradient."""
     w = weight
     if act_bits is None:
-        return torch.ops.bitinfer.sign_gemm(
-            x, w.signs, w.in_features, w.scale, w.in_scale, w.in_shift, w.group_shift, w.bias, w.group_size, w.norm_eps
+        return _call(
+            "sign_gemm",
+            x,
+            w.signs,
+            w.in_features,
+            w.scale,
+            w.in_scale,
+            w.in_shift,
+            w.group_shift,
+            w.bias,
+            w.group_size,
+            w.norm_eps,
         )
-    planes, scale, total, shift = torch.ops.bitinfer.pack_activations(
-        x, w.in_scale, w.in_shift, act_bits, act_block, w.group_size
+    planes, scale, total, shift = _call(
+        "pack_activations", x, w.in_scale, w.in_shift, act_bits, act_block, w.group_size
     )
-    return torch.ops.bitinfer.popcount_gemm(
+    return _call(
+        "popcount_gemm",
         planes,
         scale,
         total,
@@ -335,16 +347,33 @@ def apply_weight(x: Tensor, weight: PackedWeight, act_bits: int | None, act_bloc
 
 
 # ------------------------------------------- implementations and shape functions, their arguments as in SCHEMAS
+def _call(name: str, *args: Any) -> Any:
+    """Call an op: its compiled CPU kernel at once, unless a compiler or a mode is to see the op itself."""
+    seen = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    result = NotImplemented if seen else _compiled(name, args)
+    return getattr(torch.ops.bitinfer, name)(*args) if result is NotImplemented else result
+
+
+def _compiled(name: str, args: tuple[Any, ...]) -> Any:
+    """Run an op by its compiled CPU kernel, or return NotImplemented if there is none or it refuses the arguments.
+
+    The kernels check all that is checked here, only with fewer words. Asking them first spares decoding a Python that
+    weights on their way through the caches have made slow.
+    """
+    cpu = compiled_cpu_ops() if args[0].is_cpu and name in COMPILED else None
+    if cpu is not None:
+        try:
+            return getattr(cpu, name)(*args)
+        except RuntimeError:
+            pass
+    return NotImplemented
+
+
 def _implementation(name: str, check: Callable[..., None], problem_of: Callable[..., Problem]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        # The compiled CPU ops check all that is checked here, only with fewer words. Asking them first spares decoding
-        # a Python that weights on their way through the caches have made slow.
-        compiled = unforced_cpu() if args[0].is_cpu and name in COMPILED else None
-        if compiled is not None:
-            try:
-                return getattr(compiled, name)(*args)
-            except RuntimeError:
-                pass
+        result = _compiled(name, args)
+        if result is not NotImplemented:
+            return result
         check(*args)
         return getattr(select(problem_of(*args)), name)(*args)
 

@@ -1,5 +1,9 @@
 """The ops on every backend that runs here: the oracle, exact integers, opcheck, torch.compile, clear errors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -348,9 +352,16 @@ def test_forced_backend_that_cannot_run_says_why(monkeypatch):
         select(Problem("sign_gemm", "cpu", torch.float32, m=123457))
 
 
-def test_environment_forces_a_backend(monkeypatch):
-    monkeypatch.setenv("BITINFER_BACKEND", "reference")
-    assert select(Problem("sign_gemm", "cpu", torch.float32)).name == "reference"
-    monkeypatch.setenv("BITINFER_BACKEND", "nonsense")
-    with pytest.raises(BackendError, match="unknown backend 'nonsense'"):
-        select(Problem("sign_gemm", "cpu", torch.float32))
+@pytest.mark.parametrize(
+    "name, says", [("reference", "reference runs it"), ("nonsense", "BackendError: unknown backend 'nonsense'")]
+)
+def test_environment_forces_a_backend(name, says):
+    program = """
+import torch
+from bitinfer.backends.base import Problem
+from bitinfer.dispatch import select
+print(select(Problem("sign_gemm", "cpu", torch.float32)).name, "runs it")
+"""
+    environment = {**os.environ, "BITINFER_BACKEND": name}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert says in result.stdout + result.stderr
