@@ -147,7 +147,9 @@ constexpr int kStreams = 4;         // tiles of a panel otherwise
 // costs. Hence the rows that are multiplied together are the r-th ones of four tiles, and each tile is a stream.
 class TileCounter {
  public:
-  static int64_t panel_tiles(const DigitRecord& record) { return record.segment_units <= kShortUnits ? 1 : kStreams; }
+  static int64_t panel_tiles(const DigitRecord& record, const std::byte*) {
+    return record.segment_units <= kShortUnits ? 1 : kStreams;
+  }
 
   TileCounter(const DigitRecord& record, const std::byte* prepared)
       : record_(record),

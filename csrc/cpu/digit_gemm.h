@@ -9,7 +9,7 @@
 // while the counts are in cache. For sign_gemm it is sum_p sum_g scale * (token scale * sum_d 256^(last - d) I_d) in
 // float32; for popcount_gemm it is fixed to the rounding by bitinfer.ops.popcount_gemm.
 //
-// Isa provides: kTile, panel_tiles(record), Session, add_digits, add_integers: see avx512_digits.h.
+// Isa provides: kTile, panel_tiles(record, prepared), Session, add_digits, add_integers: see avx512_digits.h.
 namespace bitinfer::cpu {
 namespace {
 
@@ -91,7 +91,7 @@ void sign_digit_multiply(const SignGemm& p, const std::byte* prepared, int64_t r
   constexpr int64_t kTile = Isa::kTile;
   const Weight& w = p.weight;
   const DigitRecord record = record_of<Isa>(p);
-  const int64_t tiles = Isa::panel_tiles(record), panel_rows = tiles * kTile;
+  const int64_t tiles = Isa::panel_tiles(record, prepared), panel_rows = tiles * kTile;
   Buffer<float> a(p.m * panel_rows), bias(panel_rows);
   Buffer<int32_t> counts(tiles * record.padded_columns() * kTile);
   PanelScales<Isa> scales(w.scale, w.planes, w, panel_rows), shifts(w.group_shift, 1, w, panel_rows);
@@ -143,7 +143,7 @@ void popcount_digit_multiply(const PopcountGemm& p, const std::byte* prepared, i
   constexpr int64_t kTile = Isa::kTile;
   const Weight& w = p.weight;
   const DigitRecord record = record_of<Isa>(p);
-  const int64_t tiles = Isa::panel_tiles(record), panel_rows = tiles * kTile, blocks = p.blocks();
+  const int64_t tiles = Isa::panel_tiles(record, prepared), panel_rows = tiles * kTile, blocks = p.blocks();
   const int64_t group = w.group_size ? w.group_size : w.k, block = p.block_size ? p.block_size : w.k;
   const int64_t segment = p.segment();
   Buffer<float> a(p.m * panel_rows), bias(panel_rows);

@@ -6,8 +6,10 @@
 // one register, is that already: vgf2p8affineqb takes bit j of its bytes, which is row 2*j + (w & 1) of the tile of a
 // unit, for digits that lie in the order that VNNI wants too. A panel is 256 rows: kChunk units of them are unpacked at
 // a time, they stay in the second-level cache and serve all columns of the pass; 2 x 2 tiles of sums stay in
-// registers over a chunk. Floating point activations are two or three columns of digits: two bytes cost the matrix
-// unit what one bfloat16 would, and are exact. Bound by the matrix unit and by loads from the second-level cache.
+// registers over a chunk. Up to kFewColumns need no panel: two tiles of rows are unpacked, and the sums stay in
+// registers over a whole segment. Floating point activations are two or three columns of digits: two bytes cost the
+// matrix unit what one bfloat16 would, and are exact. Bound by the matrix unit and by loads from the second-level
+// cache.
 #include "dispatch.h"
 
 #if defined(__x86_64__)
@@ -54,13 +56,14 @@ struct alignas(64) TileConfiguration {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Unpacks a chunk of 16 rows from `rows` on into tiles; `words` of a segment are left there.
-void unpack_tiles(const uint8_t* const* rows, int64_t units, int64_t words, uint8_t* tiles) {
+// Unpacks a chunk of 16 rows from `rows` on into tiles; `words` of a segment are left there. Asks for the next chunk,
+// if nothing else has.
+void unpack_tiles(const uint8_t* const* rows, int64_t units, int64_t words, bool ask, uint8_t* tiles) {
   static_assert(kChunk == 8, "units of sixteen words of sixteen rows");
   __m512i v[16];
   for (int i = 0; i < 16; ++i) {
     v[i] = _mm512_maskz_loadu_epi32(lanes(words), rows[i]);
-    _mm_prefetch(rows[i] + kChunk * 8, _MM_HINT_T1);
+    if (ask) _mm_prefetch(rows[i] + kChunk * 8, _MM_HINT_T1);
   }
   transpose(v);
   for (int64_t u = 0; u < units; ++u, tiles += kTileBytes) {
@@ -120,13 +123,15 @@ struct Amx : Avx512Digits {
   static constexpr int64_t kPassColumns = 256;
   static constexpr bool tiled(int64_t columns) { return columns > 6; }
   // Sums of at most two column tiles stay in registers over a whole segment.
-  static bool resident(const DigitRecord& record) { return record.column_tiles() <= 2; }
+  static bool resident(const DigitRecord& record, const std::byte* prepared) {
+    return record.columns_in_use(prepared) <= kFewColumns;
+  }
 
   // Many rows, so that digits which come from the third-level cache serve them all; fewer, where digits stay nearer or
   // the sums of a short segment must; two tiles for sums in registers.
-  static int64_t panel_tiles(const DigitRecord& record) {
-    if (!record.tiled) return TileCounter::panel_tiles(record);
-    if (resident(record)) return 2;
+  static int64_t panel_tiles(const DigitRecord& record, const std::byte* prepared) {
+    if (!record.tiled) return TileCounter::panel_tiles(record, prepared);
+    if (resident(record, prepared)) return 2;
     const bool near = record.padded_columns() * record.units * kUnit <= 1 << 19;
     return near || record.segment_units < kChunk ? kPanelTiles / 4 : kPanelTiles;
   }
@@ -137,6 +142,7 @@ struct Amx : Avx512Digits {
         : record_(record),
           prepared_(prepared),
           few_(record, prepared),
+          panel_tiles_(panel_tiles(record, prepared)),
           tiles_(record.tiled ? record.column_tiles() : 0),
           bits_(record.tiled ? kPanelTiles * kChunk * kTileBytes : 0) {
       if (!record.tiled) return;
@@ -159,16 +165,17 @@ struct Amx : Avx512Digits {
       for (int64_t u = 0; u == 0 || u < units; u += kChunk) {
         const int64_t chunk = units - u < kChunk ? units - u : kChunk;
         // the next panel; if that is large, only what the next chunk will be
-        const int64_t full = panel_tiles(record_) * kTile;
+        const int64_t full = panel_tiles_ * kTile;
         Ahead ahead(panel.first + full * panel.words, full * panel.words * kWordBytes,
                     full * (word + 2 * u) * kWordBytes);
         for (int64_t r = 0; r < row_tiles; ++r) {
-          if (panel_tiles(record_) < kPanelTiles) ahead.lines(2 * chunk);
+          const bool wide = panel_tiles_ == kPanelTiles;
+          if (!wide) ahead.lines(2 * chunk);
           const uint8_t* rows[16];
           row_bytes(panel, r * kTile, word + 2 * u, rows);
-          unpack_tiles(rows, chunk, words - 2 * u, bits_.data() + r * kChunk * kTileBytes);
+          unpack_tiles(rows, chunk, words - 2 * u, wide, bits_.data() + r * kChunk * kTileBytes);
         }
-        const bool first = u == 0, last = u + chunk >= units, stay = resident(record_);
+        const bool first = u == 0, last = u + chunk >= units, stay = resident(record_, prepared_);
         const Flow flow{first, !first && !stay, last || !stay};
         asm volatile("" ::: "memory");  // what the tile instructions read is in memory, unknown to gcc's intrinsics
         for (int64_t c = 0; c < used_; c += 2) {
@@ -186,7 +193,7 @@ struct Amx : Avx512Digits {
     const DigitRecord& record_;
     const std::byte* prepared_;
     TileCounter few_;
-    int64_t used_ = 0;
+    int64_t panel_tiles_, used_ = 0;
     Buffer<int64_t> tiles_;  // the column tiles in use
     Buffer<uint8_t> bits_;   // [row tile][unit of the chunk]
 

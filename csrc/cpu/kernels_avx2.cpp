@@ -1,5 +1,5 @@
-// The AVX2 table. Eight (sign_gemm) or 32 (popcount_gemm) weight rows sit in the lanes of a register, the tables of a
-// token are registers too, and a lookup is one vpermps or vpshufb with the packed bits as the index.
+// The AVX2 table. Eight (sums of floats) or 32 (of integers) weight rows sit in the lanes of a register, the tables of
+// a token are registers too, and a lookup is one vpermps or vpshufb with the packed bits as the index.
 #include "dispatch.h"
 
 #if defined(__x86_64__) || defined(__i386__)

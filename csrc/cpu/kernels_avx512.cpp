@@ -39,7 +39,9 @@ namespace {
 struct Vnni : Avx512Digits {
   static constexpr int64_t kPassColumns = 0;  // no tiles
   static constexpr bool tiled(int64_t) { return false; }
-  static int64_t panel_tiles(const DigitRecord& record) { return TileCounter::panel_tiles(record); }
+  static int64_t panel_tiles(const DigitRecord& record, const std::byte* prepared) {
+    return TileCounter::panel_tiles(record, prepared);
+  }
 
   using Session = TileCounter;
 };
