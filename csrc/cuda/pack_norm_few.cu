@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __gr
     raw[i] = load(norm.x, norm.stride, i);
     if (norm.residual) added[i] = load(norm.residual, norm.residual_stride, i);
   }
-  float z[kOctets][kOctet], squares = 0;
+  // a sum an octet: blocks have these in another order, and must find the same total
+  float z[kOctets][kOctet], squares_of_octet[kOctets] = {};
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
     unpack<T>(raw[i], z[i]);
@@ -119,9 +120,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __gr
       raw[i] = round_octet(z[i], T{});
     }
 #pragma unroll
-    for (float value : z[i]) squares += value * value;
+    for (float value : z[i]) squares_of_octet[i] += value * value;
   }
-  squares = warp_sum(squares);
+  static_assert(kOctets == 2);
+  float squares = warp_sum(squares_of_octet[0] + squares_of_octet[1]);
   if (lane == 0) squares_of[warp] = squares;
   const int column = column_of(0);
   if (norm.residual && makes_planes && blockIdx.y == 0 && column < k) {
