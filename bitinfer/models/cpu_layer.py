@@ -38,9 +38,9 @@ class CpuLayers:
         self.handle: int = native.decoder_new(heads, kv_heads, first.head_dim, first.scaling, *last)
         weakref.finalize(self, native.decoder_free, self.handle)
         for layer in layers:
-            for linear in _linears(layer):
+            for linear in linears_of(layer):
                 native.decoder_linear(self.handle, *_arguments(linear))
-            pairs = [(None, 0.0) if n is None else (n.weight, n.variance_epsilon) for n in _norms(layer)]
+            pairs = [(None, 0.0) if n is None else (n.weight, n.variance_epsilon) for n in norms_of(layer)]
             native.decoder_layer(self.handle, *(value for pair in pairs for value in pair))
 
     def step(
@@ -83,29 +83,31 @@ def cpu_layers(
         return None
     if not hasattr(torch.ops.bitinfer_native, "decoder_step"):  # a library built before it
         return None
-    norms = [norm, *(n for layer in layers for n in _norms(layer) if n is not None)]
-    linears = [linear for layer in layers for linear in _linears(layer)]
+    norms = [norm, *(n for layer in layers for n in norms_of(layer) if n is not None)]
+    linears = [linear for layer in layers for linear in linears_of(layer)]
     if not all(_is_norm(n, dtype) for n in norms) or not all(_is_packed(linear) for linear in linears):
         return None
     return last if last is not None and last.state == state_of(layers, norm, head) else CpuLayers(layers, norm, head)
 
 
-def state_of(layers: Sequence[DecoderLayer], norm: Any, head: Head) -> tuple[Any, ...]:
+def state_of(layers: Sequence[DecoderLayer], norm: Any, head: Head | None) -> tuple[Any, ...]:
     """Return what changes when a tensor is replaced or cast, or another activation format is set."""
     values: list[Any] = [norm.weight, norm.variance_epsilon, head, _dense_weight(head, norm.weight.dtype)]
     for layer in layers:
-        for linear in _linears(layer):
+        for linear in linears_of(layer):
             values += _arguments(linear)
-        for n in _norms(layer):
+        for n in norms_of(layer):
             values += () if n is None else (n.weight, n.variance_epsilon)
     return tuple((v.data_ptr(), v.dtype, v.shape) if isinstance(v, Tensor) else v for v in values)
 
 
-def _linears(layer: DecoderLayer) -> tuple[Any, ...]:
+def linears_of(layer: DecoderLayer) -> tuple[Any, ...]:
+    """Return the seven projections, in the order of the compiled libraries."""
     return layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down
 
 
-def _norms(layer: DecoderLayer) -> tuple[Any, ...]:
+def norms_of(layer: DecoderLayer) -> tuple[Any, ...]:
+    """Return the norms, in the order of the compiled libraries; those of queries and keys may be None."""
     return layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm
 
 

@@ -1,12 +1,14 @@
-"""Decoder layers on an NVIDIA GPU: for one token of each sequence eight or nine kernels, and nothing for the host.
+"""Decoder layers on an NVIDIA GPU: one launch for all of them, or eight or nine a layer, and nothing for the host.
 
-Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` do: the sum
-with the residual, the norm and the packing of q, k and v; these in one product; rotary embedding, cache and attention;
-packing and product of the output; the same again for gate and up; SiLU, packing and product of down. The sum behind
-down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
-torch's attention.
+One sequence with integer activations goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes
+the model. Otherwise each layer is a chain of kernels, each launched in the shadow of the one ahead of it, which the ops
+in ``csrc/cuda/decoder_ops.cpp`` do: the sum with the residual, the norm and the packing of q, k and v; these in one
+product; rotary embedding, cache and attention; packing and product of the output; the same again for gate and up; SiLU,
+packing and product of down. The sum behind down is left to the next layer, and the last one to the final norm. Prompts
+take the same norms, packs and products, and torch's attention.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from bitinfer.backends.base import Problem
 from bitinfer.dispatch import select
 from bitinfer.models.cache import KVCache, Span
+from bitinfer.models.cpu_layer import linears_of, norms_of, state_of
 from bitinfer.models.layers import DecoderLayer
 from bitinfer.nn import BinaryLinear
 
@@ -157,6 +160,68 @@ def run_prompt(layers: Sequence[DecoderLayer], norm: Any, embedded: Tensor, cach
     last = (y.unflatten(0, (cache.batch, -1))[:, -1] for y in (x, residual))
     normed: Tensor = torch.ops.bitinfer_native.rms_norm(*last, norm.weight, norm.variance_epsilon)[0]
     return normed
+
+
+class TokenModel:
+    """All layers and the norm behind them, as the compiled library runs them for one token in one launch.
+
+    Args:
+        layers, norm: those that :func:`token_model` found fit.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: Any) -> None:
+        self.state = state_of(layers, norm, None)
+        first: Any = layers[0]
+        native = torch.ops.bitinfer_native
+        self.handle: int = native.token_model_new(
+            norm.weight, norm.variance_epsilon, *_shape(first)[:2], first.scaling, *_shape(first)[2:]
+        )
+        weakref.finalize(self, native.token_model_free, self.handle)
+        names = ("weight", "weight_scale", "in_scale", "in_shift", "group_shift", "bias")
+        for layer in layers:
+            lists = [[getattr(p, name) for p in linears_of(layer)] for name in names]
+            pairs = [(None, 0.0) if n is None else (n.weight, n.variance_epsilon) for n in norms_of(layer)]
+            native.token_model_layer(self.handle, *lists, *(value for pair in pairs for value in pair))
+
+    def step(self, x: Tensor, cache: KVCache, step: Step) -> Tensor:
+        """Run one token, ``[1, D]``, through all layers, and return what the head multiplies, ``[1, D]``."""
+        tables = (step.cos, step.sin, step.slot)
+        normed: Tensor = torch.ops.bitinfer_native.token_model_step(self.handle, x, cache.keys, cache.values, *tables)
+        return normed
+
+
+def token_model(
+    layers: Sequence[DecoderLayer], norm: Any, cache: KVCache, last: TokenModel | None
+) -> TokenModel | None:
+    """Return what runs these layers for one token in one launch, None where nothing does.
+
+    Args:
+        layers, norm: of a model that :func:`takes` accepts over this cache.
+        cache: of one sequence.
+        last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
+    """
+    if cache.batch != 1 or not hasattr(torch.ops.bitinfer_native, "token_model_step"):
+        return None
+    first: Any = layers[0]
+    formats = {(p.act_bits, p.act_block, p.group_size, p.norm_eps) for layer in layers for p in linears_of(layer)}
+    dtype = norm.weight.dtype
+    if formats not in ({(bits, 0, 0, None)} for bits in (8, 4, 2)):
+        return None
+    for layer in layers:
+        for p in linears_of(layer):
+            factors = (f for f in (p.in_scale, p.in_shift) if f is not None)
+            if any(f.dtype != dtype for f in factors) or (p.weight.dim() == 3 and p.weight.shape[0] > 1):
+                return None
+        if _shape(layer) != _shape(first) or first.q.out_features != layer.k.out_features:
+            return None
+    if not torch.ops.bitinfer_native.token_model_takes(norm.weight, *_shape(first)):
+        return None
+    return last if last is not None and last.state == state_of(layers, norm, None) else TokenModel(layers, norm)
+
+
+def _shape(layer: Any) -> tuple[int, int, int, int]:
+    """Return what token_model_takes wants to know: heads, their size, the inner size, bits."""
+    return layer.q.out_features // layer.head_dim, layer.head_dim, layer.down.in_features, layer.down.act_bits
 
 
 def _takes(layer: Any, cache: KVCache) -> bool:

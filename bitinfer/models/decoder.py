@@ -72,6 +72,7 @@ class Decoder:
         self.head_dim = self.layers[0].head_dim
         self.cache: KVCache | None = None
         self.native: CpuLayers | None = None
+        self.token_model: cuda_layer.TokenModel | None = None
         self.loop: Any = None  # of generation.py, over this cache
         self.cos = self.sin = torch.empty(0)
         head = self.head.codes if isinstance(self.head, RowsLinear) else getattr(self.head, "weight", None)
@@ -104,6 +105,11 @@ class Decoder:
             with torch.no_grad():
                 cos, sin = self.rope(torch.empty(0, dtype=self.dtype, device=self.device), positions)
             self.cache, self.cos, self.sin = cache, cos[0], sin[0]
+        taken = cuda_layer.takes(self.layers, self.norm, cache)
+        last = self.token_model
+        self.token_model = cuda_layer.token_model(self.layers, self.norm, cache, last) if taken else None
+        if self.token_model is not last:
+            self.loop = None  # whose graph has the last one's memory
         return cache
 
     @torch.no_grad()
@@ -138,6 +144,8 @@ class Decoder:
         assert self.cache is not None
         if cuda_layer.takes(self.layers, self.norm, self.cache):
             step = cuda_layer.Step(slot, padding, self.cos, self.sin)
+            if self.token_model is not None and padding is None:
+                return self.head(self.token_model.step(self.embed(tokens), self.cache, step))
             return self.head(cuda_layer.run(self.layers, self.norm, self.embed(tokens), self.cache, step))
         return self.head(self._run(tokens.unsqueeze(1), self._span_anywhere(slot, padding)))
 

@@ -18,6 +18,13 @@ __device__ __forceinline__ Floats row_of(const void* matrix, Dtype dtype, int64_
   return {static_cast<const unsigned char*>(matrix) + row * stride * (dtype == Dtype::kFloat32 ? 4 : 2), dtype};
 }
 
+// Volatile, so that they stay on their side of the wait for the kernel ahead.
+__device__ __forceinline__ uint4 load_quad(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
 // Columns past k are zeros. kWeights: the row is a constant and may stay in L1; else it comes from L2.
 template <bool kWeights>
 __device__ __forceinline__ Octet load_octet(const Floats& row, int column, int k) {
@@ -65,6 +72,29 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kOctet]
   unpack(raw.y, values[2], values[3], T{});
   unpack(raw.z, values[4], values[5], T{});
   unpack(raw.w, values[6], values[7], T{});
+}
+
+// Eight numbers rounded to a 16-bit type, and as they are in memory.
+__device__ __forceinline__ uint4 round_octet(float (&values)[kOctet], __half) {
+  uint32_t words[kOctet / 2];
+#pragma unroll
+  for (int j = 0; j < kOctet / 2; ++j) {
+    const __half2 pair = __floats2half2_rn(values[2 * j], values[2 * j + 1]);
+    words[j] = reinterpret_cast<const uint32_t&>(pair);
+    unpack(words[j], values[2 * j], values[2 * j + 1], __half{});
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ uint4 round_octet(float (&values)[kOctet], __nv_bfloat16) {
+  uint32_t words[kOctet / 2];
+#pragma unroll
+  for (int j = 0; j < kOctet / 2; ++j) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * j], values[2 * j + 1]);
+    words[j] = reinterpret_cast<const uint32_t&>(pair);
+    unpack(words[j], values[2 * j], values[2 * j + 1], __nv_bfloat16{});
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // The larger of each of two pairs of numbers of 16 bits, the second's by magnitude; NaN if one is.

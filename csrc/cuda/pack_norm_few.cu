@@ -27,36 +27,6 @@ struct Arguments {
   IntegerFormat of[kMaxPacks];
 };
 
-// Not through the read-only path: such loads are moved behind the wait for the kernel ahead.
-__device__ __forceinline__ uint4 load_constant(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
-}
-
-// Eight numbers rounded to a 16-bit type, and as they are in memory.
-__device__ __forceinline__ uint4 round_octet(float (&values)[kOctet], __half) {
-  uint32_t words[kOctet / 2];
-#pragma unroll
-  for (int j = 0; j < kOctet / 2; ++j) {
-    const __half2 pair = __floats2half2_rn(values[2 * j], values[2 * j + 1]);
-    words[j] = reinterpret_cast<const uint32_t&>(pair);
-    unpack(words[j], values[2 * j], values[2 * j + 1], __half{});
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-__device__ __forceinline__ uint4 round_octet(float (&values)[kOctet], __nv_bfloat16) {
-  uint32_t words[kOctet / 2];
-#pragma unroll
-  for (int j = 0; j < kOctet / 2; ++j) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * j], values[2 * j + 1]);
-    words[j] = reinterpret_cast<const uint32_t&>(pair);
-    unpack(words[j], values[2 * j], values[2 * j + 1], __nv_bfloat16{});
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // The grid is (parts, projections, tokens).
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __grid_constant__ Arguments a) {
@@ -77,7 +47,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __gr
   const auto column_of = [&](int i) { return ((part + i) % kOctets * static_cast<int>(blockDim.x) + thread) * kOctet; };
   const auto load_constants = [&](const Floats& constants, int i) {
     const int column = column_of(i);
-    return constants && column < k ? load_constant(static_cast<const T*>(constants.data) + column)
+    return constants && column < k ? load_quad(static_cast<const T*>(constants.data) + column)
                                    : make_uint4(0, 0, 0, 0);
   };
   const Floats& factors_of_columns = part == kParts - 1 ? p.in_shift : p.in_scale;
