@@ -1,13 +1,16 @@
-"""Decoder layers on an NVIDIA GPU: one launch for all of them, or eight or nine a layer, and nothing for the host.
+"""Decoder layers on an NVIDIA GPU: for one token of each sequence eight or nine kernels, and nothing for the host.
 
-One sequence with integer activations goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes
-the model. Otherwise each layer is a chain of kernels, each launched in the shadow of the one ahead of it, which the ops
-in ``csrc/cuda/decoder_ops.cpp`` do: the sum with the residual, the norm and the packing of q, k and v; these in one
-product; rotary embedding, cache and attention; packing and product of the output; the same again for gate and up; SiLU,
-packing and product of down. The sum behind down is left to the next layer, and the last one to the final norm. Prompts
-take the same norms, packs and products, and torch's attention.
+Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` do: the sum
+with the residual, the norm and the packing of q, k and v; these in one product; rotary embedding, cache and attention;
+packing and product of the output; the same again for gate and up; SiLU, packing and product of down. The sum behind
+down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
+torch's attention.
+
+With ``BITINFER_ONE_LAUNCH=1`` one sequence with integer activations goes through all layers in one launch, where
+``csrc/cuda/decode_token.cu`` takes the model.
 """
 
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8  # csrc/cuda/decode_attention.h: query heads that share a key
 MAX_HIDDEN = 8192  # csrc/cuda/decoder_rows.h: columns of a norm
 ALIGNED = 8  # columns that a thread loads at a time
+ONE_LAUNCH = os.environ.get("BITINFER_ONE_LAUNCH") == "1"  # slower so far: docs/decoding.md
+MANY = 256  # tokens above which packing is faster from memory than behind what comes before it
 
 
 @dataclass
@@ -200,7 +205,7 @@ def token_model(
         cache: of one sequence.
         last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
     """
-    if cache.batch != 1 or not hasattr(torch.ops.bitinfer_native, "token_model_step"):
+    if not ONE_LAUNCH or cache.batch != 1 or not hasattr(torch.ops.bitinfer_native, "token_model_step"):
         return None
     first: Any = layers[0]
     formats = {(p.act_bits, p.act_block, p.group_size, p.norm_eps) for layer in layers for p in linears_of(layer)}
@@ -320,6 +325,8 @@ def _project_gated(gate: Tensor, up: Tensor, projection: BinaryLinear) -> Tensor
     native = torch.ops.bitinfer_native
     if projection.act_bits is None:
         return _multiply(native.silu_mul(gate, up), projection)
+    if len(gate) > MANY:
+        return _project(native.silu_mul(gate, up), projection)
     packed = native.silu_mul_pack_activations_settled(gate, up, *_packing(projection))
     return _multiply_packed(packed, projection, gate.dtype)
 

@@ -15,7 +15,7 @@ from bitinfer.models.cpu_layer import CpuLayers, cpu_layers
 from bitinfer.models.layers import GATED, PROJECTIONS, DecoderLayer
 from bitinfer.nn import BinaryLinear
 
-CHUNK = 1024  # tokens of a prompt that go through the layers at a time
+CHUNK = 2048  # tokens of a prompt that go through the layers at a time
 MOST_TOKENS = 32768  # of all prompts together
 FAMILIES = ("llama", "qwen3")  # transformers' model types
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length

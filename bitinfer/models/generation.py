@@ -35,6 +35,8 @@ class FusedGeneration:
     ) -> Any:
         model: Any = self
         reason = "GPUs are synchronised" if synced_gpus else _beyond(model, input_ids, generation_config, model_kwargs)
+        if reason is None and model not in _decoders:  # a copy, or another kind put behind the class since
+            reason = obstacle(model)
         turn = _turns.setdefault(model, _Turn())
         if reason is None and turn.is_mine():
             reason = "it comes from within another call, whose cache is in use"
@@ -171,7 +173,7 @@ def _beyond(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> str
         # padding on the left and nowhere else: zeros, then ones
         if mask.shape != ids.shape or not bool((real.cummax(1).values == real).all()) or not bool(real[:, -1].all()):
             return "attention_mask is not one of padding on the left alone"
-    return obstacle(model)
+    return None
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:

@@ -9,13 +9,14 @@
 //
 // with the integers of pack_activations, the epilogue of popcount_gemm, and the roundings of transformers. For int8,
 // int4 and int2 activations (fewer bits go in eight planes too), one scale a row and a token, as many keys as queries,
-// hidden sizes up to 4,096, and models of which a layer's weights fit the shared memory of all multiprocessors.
+// hidden sizes up to 4,096, and models of which a layer's weights fit the shared memory of all multiprocessors; sm_90.
 //
 // Kernels of their own for these stages lose most of their time between one another: about 1 us from the end of one to
 // the first instruction of the next, cold instructions, and blocks that share a multiprocessor while others have none.
 // Here a block owns rows of every matrix and a place in shared memory for each; as soon as a stage has used its
-// weights, the next layer's are copied there, so that memory never waits for the chain. What is left is the chain: five
-// barriers a layer, activations from L2 behind each, and the instructions in between.
+// weights, the copy engine puts the next layer's there (copies by threads would stand in the way of their loads), and
+// all else that a stage will read is fetched to L2 before: memory never waits for the chain. What is left is the chain:
+// five barriers a layer, activations from L2 behind each, and the instructions in between.
 //
 //   block      rows of all matrices, a part of a head; every block packs the token anew, in 16 warps
 //   warps      two share a chunk of 512 columns: each packs a half, then takes every other tile of rows, or one of gate
@@ -26,6 +27,7 @@
 #include "attention_row.cuh"
 #include "decode_token.h"
 #include "gemm_decode.cuh"
+#include "hopper.cuh"
 #include "pack_row.cuh"
 
 namespace bitinfer::cuda {
@@ -38,16 +40,11 @@ constexpr int kMaxSplits = 8, kUnroll = 4;  // slots that a lane has under way
 
 constexpr int part_size(int dim) { return dim + 4; }  // floats: sum of p * v, largest score, sum of p
 
-// Rows are padded to 64 bytes. Eight lanes read 16 bytes each of two rows: where a row is an even number of 64 bytes
-// long, every other one has its halves of 128 bytes exchanged, for these reads to meet no bank conflicts.
-constexpr int row_pitch(int k) { return (k / 32 + kChunkWords - 1) / kChunkWords * 64; }
-__device__ __forceinline__ int swizzle_of(int pitch) { return pitch / 64 % 2 == 0 ? 64 : 0; }
-
 constexpr int tiles_for(int n) { return (n + kTileRows - 1) / kTileRows; }
 
 // Memory of the grid: the barrier and a count for each head, then activations between stages, then parts of heads.
 struct Memory {
-  uint32_t* barrier;
+  uint32_t* barrier;  // and behind it how many blocks have left
   uint32_t* heads_done;
   unsigned char* rows;  // of 16-bit numbers: q, k, v, attended, output, inner, down
   float* parts;
@@ -77,50 +74,71 @@ struct Scratch {
   alignas(16) float shift[2][kWarps];
 };
 
-__device__ __forceinline__ uint32_t add_released(uint32_t* to, uint32_t value) {
+__device__ __forceinline__ uint32_t add(uint32_t* to, uint32_t value) {
   uint32_t before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
   return before;
 }
 
-__device__ __forceinline__ uint32_t load_acquired(const uint32_t* from) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
+__device__ __forceinline__ void fetch_to_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
-// A barrier of the grid whose two halves have other work between them: its top bit turns when all blocks have come.
+// A barrier of the grid whose two halves have other work between them. It counts up from zero, and the last block to
+// leave the kernel sets it back.
 struct GridBarrier {
-  uint32_t* count;
-  uint32_t before;
+  uint32_t *count, *left;
+  uint32_t target;
 
   __device__ __forceinline__ void arrive() {
+    target += gridDim.x;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      before = add_released(count, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1);
-    }
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
   }
   __device__ __forceinline__ void wait() {
     if (threadIdx.x == 0) {
-      while (((load_acquired(count) ^ before) & 0x80000000u) == 0) {
-      }
+      uint32_t now;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+      } while (now < target);
     }
     __syncthreads();
   }
+  __device__ __forceinline__ void leave() {
+    if (threadIdx.x == 0 && add(left, 1) == gridDim.x - 1) *count = *left = 0;
+  }
 };
 
-// What a thread needs for the outputs of a row; numbers of matrices that it has none of are zeros.
+// The bits of a number, converted where it is used: that waits for memory.
+__device__ __forceinline__ uint32_t load_bits(const Floats& row, int i) {
+  uint32_t bits;
+  if (row.dtype == Dtype::kFloat32) {
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(static_cast<const uint32_t*>(row.data) + i));
+  } else {
+    unsigned short half;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(static_cast<const unsigned short*>(row.data) + i));
+    bits = half;
+  }
+  return bits;
+}
+
+__device__ __forceinline__ float to_number(const Floats& row, uint32_t bits, float absent) {
+  if (!row) return absent;
+  if (row.dtype == Dtype::kFloat32) return __uint_as_float(bits);
+  if (row.dtype == Dtype::kBFloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+// What a thread needs for the output of a row.
 struct Place {
-  float scale, shift, bias;
+  uint32_t scale, shift, bias;
 
   __device__ __forceinline__ void load(const TokenMatrix& m, int row, bool valid) {
-    scale = 1;
-    shift = bias = 0;
+    scale = shift = bias = 0;
     if (!valid) return;
-    if (m.scale) scale = load_float(m.scale, row);
-    if (m.group_shift) shift = load_float(m.group_shift, row);
-    if (m.bias) bias = load_float(m.bias, row);
+    if (m.scale) scale = load_bits(m.scale, row);
+    if (m.group_shift) shift = load_bits(m.group_shift, row);
+    if (m.bias) bias = load_bits(m.bias, row);
   }
 };
 
@@ -140,14 +158,22 @@ __device__ __forceinline__ void load_row(const void* row, int k, uint4 (&to)[kRo
   }
 }
 
-__device__ __forceinline__ void copy_tiles(uint32_t to, const TokenMatrix& m, int n, int k, Share share) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, pitch = row_pitch(k), swizzle = swizzle_of(pitch),
-            words = k / 32;
-  const int first = share.first * kTileRows, count = min(share.count * kTileRows, n - first);
-  for (int r = static_cast<int>(threadIdx.x) / 32; r < count; r += kWarps) {
-    const uint32_t* const row = m.signs + static_cast<int64_t>(first + r) * words;
-    for (int i = lane; i < words / 4; i += 32) copy_async(to + r * pitch + (16 * i ^ (r & 1) * swizzle), row + 4 * i);
-  }
+// Bytes of a share of a matrix, which lie together in memory, and in shared memory too: rows without padding cost some
+// bank conflicts, but a copy of its own for each would cost the copy engine more.
+__device__ __forceinline__ uint32_t share_bytes(int n, int k, Share share) {
+  const int rows = min(share.count * kTileRows, n - share.first * kTileRows);
+  return static_cast<uint32_t>(max(rows, 0) * (k / 8));
+}
+
+// Has the copy engine bring a share; `barrier` gets the bytes.
+__device__ __forceinline__ void copy_share(uint32_t to, const TokenMatrix& m, int n, int k, Share share,
+                                           uint32_t barrier) {
+  const uint32_t bytes = share_bytes(n, k, share);
+  if (bytes == 0) return;
+  const auto* const from = reinterpret_cast<const unsigned char*>(m.signs) + int64_t{share.first} * kTileRows * (k / 8);
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // h += added and n = RMSNorm(h) * weight, each step rounded to T.
@@ -190,12 +216,15 @@ struct Factors {
     scales = m.in_scale != nullptr;
     shifts = m.in_shift != nullptr;
     load_row<T>(m.in_scale, k, scale);
+  }
+  // later: registers are few
+  template <typename T>
+  __device__ __forceinline__ void load_shift(const TokenMatrix& m, int k) {
     load_row<T>(m.in_shift, k, shift);
   }
 };
 
-// Quantises the token for each product and leaves its planes [product, round, chunk] in shared memory. Behind it all
-// copies to shared memory but those of the last three stages are there.
+// Quantises the token for each product and leaves its planes [product, round, chunk] in shared memory.
 template <typename T, int kRounds, int kProducts>
 __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts],
                                             float highest, uint32_t planes, Scratch& s, float (&act_scale)[kProducts]) {
@@ -221,7 +250,6 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
     const uint32_t largest = __reduce_max_sync(kAllLanes, __float_as_uint(maximum));
     if (lane == 0) s.largest[p][warp] = largest;
   }
-  copy_async_wait<3>();
   __syncthreads();
   // lanes 2h' and 2h' + 1 together have 16 columns, half a word of each plane: the even lane stores planes 0 to 3 of
   // them, the odd one 4 to 7. See popcount's operand in gemm_decode.cu: half h of a chunk is half h % 2 of word h / 2 =
@@ -236,7 +264,6 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
     const float factor = __fdiv_rn(highest, __uint_as_float(largest));
     act_scale[p] = bad ? __uint_as_float(kNaNBits) : zero ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
     int sum = 0;
-    float total[kOctet] = {};
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       float z[kOctet];
@@ -255,28 +282,34 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
           "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + ((p * kRounds + r) * kKWarps + warp / 2) * kPlaneBytes),
           "r"(__byte_perm(first, second, 0x5140)), "r"(__byte_perm(first, second, 0x7362))
           : "memory");
-      if (factors[p].shifts) {
-        // products of 16-bit numbers are exact in float32
-        float values[kOctet], shift[kOctet];
-        unpack<T>(n[r], values);
-        unpack<T>(factors[p].shift[r], shift);
-#pragma unroll
-        for (int j = 0; j < kOctet; ++j) total[j] = fmaf(values[j], shift[j], total[j]);
-      }
     }
     sum = __reduce_add_sync(kAllLanes, sum);
     if (lane == 0) s.sum[p][warp] = sum;
-    if (factors[p].shifts) {
-#pragma unroll
-      for (int distance = kOctet / 2; distance > 0; distance /= 2) {
-#pragma unroll
-        for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
-      }
-      const float shift = warp_sum(total[0]);
-      if (lane == 0) s.shift[p][warp] = shift;
-    }
   }
   __syncthreads();
+}
+
+// in_shift . n of this warp's columns, for one product.
+template <typename T, int kRounds>
+__device__ __forceinline__ void add_shift(const uint4 (&n)[kRounds], const Factors<kRounds>& factors, float& of_warp) {
+  if (!factors.shifts) return;
+  float total[kOctet] = {};
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    // products of 16-bit numbers are exact in float32
+    float values[kOctet], shift[kOctet];
+    unpack<T>(n[r], values);
+    unpack<T>(factors.shift[r], shift);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) total[j] = fmaf(values[j], shift[j], total[j]);
+  }
+#pragma unroll
+  for (int distance = kOctet / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
+  }
+  const float shift = warp_sum(total[0]);
+  if (threadIdx.x % 32 == 0) of_warp = shift;
 }
 
 // Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's chunk.
@@ -284,7 +317,7 @@ template <int kRounds>
 __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int first, int step, uint32_t planes,
                                          int* slot) {
   const int lane = static_cast<int>(threadIdx.x) % 32, chunk = static_cast<int>(threadIdx.x) / 64;
-  const int g = lane / 4, t = lane % 4, pitch = row_pitch(k), swizzle = swizzle_of(pitch);
+  const int g = lane / 4, t = lane % 4, pitch = k / 8;
   const int last_chunk = (k - 1) / kChunkColumns;
   uint4 x[kRounds];
 #pragma unroll
@@ -301,7 +334,7 @@ __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       // chunks past the end of a row have planes of zero, whatever weights those meet
-      const int at_chunk = 64 * min(chunk + r * kKWarps, last_chunk) ^ (g & 1) * swizzle;
+      const int at_chunk = 64 * min(chunk + r * kKWarps, last_chunk);
       uint4 upper[kBatch], lower[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -329,7 +362,7 @@ __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int
 
 // An output, in the order that popcount_gemm prescribes.
 __device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int p, bool shifts,
-                                           float act_scale, const Place& place, bool group_shift) {
+                                           float act_scale, const Place& place, const TokenMatrix& m) {
   int counted = 0, q_sum = 0;
 #pragma unroll
   for (int w = 0; w < kKWarps; ++w) counted += slots[w * stride + row];
@@ -343,9 +376,13 @@ __device__ __forceinline__ float output_of(const int* slots, int stride, int row
       shift += (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
     }
   }
-  float y = __fmul_rn(__fmul_rn(act_scale, place.scale), static_cast<float>(q_sum - 2 * counted));
-  if (group_shift) y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, place.shift), static_cast<float>(q_sum)));
-  return __fadd_rn(__fadd_rn(y, shift), place.bias);
+  const float scale = to_number(m.scale, place.scale, 1);
+  float y = __fmul_rn(__fmul_rn(act_scale, scale), static_cast<float>(q_sum - 2 * counted));
+  if (m.group_shift) {
+    const float of_group = to_number(m.group_shift, place.shift, 0);
+    y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, of_group), static_cast<float>(q_sum)));
+  }
+  return __fadd_rn(__fadd_rn(y, shift), to_number(m.bias, place.bias, 0));
 }
 
 struct Arguments {
@@ -362,6 +399,7 @@ struct Common {
   T* projected;                            // q, k or v: no block has some of two
   int projection;
   Share qkv, out, gate, of_down;
+  int head, rank, slot, begin, end;  // of attention; slots before the new one
 
   __device__ void fill(const Arguments& a, int block, int blocks) {
     const TokenShape& shape = a.p.shape;
@@ -381,11 +419,18 @@ struct Common {
     out = Share(tiles_for(shape.hidden), block, blocks);
     gate = Share(tiles_for(shape.inner), block, blocks);
     of_down = Share(tiles_for(shape.hidden), block, blocks);
+    head = block / a.plan.splits;
+    rank = block % a.plan.splits;
+    slot = static_cast<int>(min(load_long(a.p.slot), static_cast<int64_t>(a.p.capacity - 1)));
+    const int share = (slot + a.plan.splits - 1) / a.plan.splits;
+    begin = min(rank * share, slot);
+    end = min(begin + share, slot);
   }
 };
 
 template <typename T, int kDim, int kInnerRounds>
 __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_constant__ Arguments a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kStep = kWarps * kSlotsOfLoad;
   constexpr int kColumns = kDim / 32, kPart = part_size(kDim);
   extern __shared__ __align__(128) uint8_t shared[];
@@ -398,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int hidden = p.shape.hidden, inner = p.shape.inner, width = p.shape.heads * kDim;
-  GridBarrier grid{a.memory.barrier, 0};
+  GridBarrier grid{a.memory.barrier, a.memory.barrier + 1, 0};
 
   if (thread == 0) common.fill(a, block, blocks);
   const auto layer_at = [&](int layer) -> const TokenLayer& {
@@ -415,64 +460,101 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
       layer_words[layer % 2][thread] = reinterpret_cast<const uint4*>(p.layers + layer)[thread];
     }
   };
-  // one group of copies a stage and layer, if need be an empty one
+  // copies of a layer's weights for a stage, behind which its barrier turns, by a thread that no other waits for;
+  // `layer` may be one past the last
+  enum Stage { kQkv, kOut, kGated, kDowned, kStages };
+  __shared__ uint64_t ready[kStages];
+  const auto announce = [&](Stage stage, uint32_t bytes) {
+    const uint32_t barrier = shared_address(ready + stage);
+    barrier_arrive_expecting(barrier, bytes);
+    return barrier;
+  };
+  const auto copies = [&](int layer) { return thread == kThreads - 1 && layer < p.layer_count; };
   const auto copy_qkv = [&](int layer) {
-    if (layer < p.layer_count) copy_tiles(base, layer_at(layer).of[common.projection], width, hidden, common.qkv);
-    copy_async_commit();
+    if (!copies(layer)) return;
+    const uint32_t barrier = announce(kQkv, share_bytes(width, hidden, common.qkv));
+    copy_share(base, layer_at(layer).of[common.projection], width, hidden, common.qkv, barrier);
   };
   const auto copy_out = [&](int layer) {
-    if (layer < p.layer_count) copy_tiles(base + plan.out_at, layer_at(layer).of[kOutput], hidden, width, common.out);
-    copy_async_commit();
+    if (!copies(layer)) return;
+    const uint32_t barrier = announce(kOut, share_bytes(hidden, width, common.out));
+    copy_share(base + plan.out_at, layer_at(layer).of[kOutput], hidden, width, common.out, barrier);
   };
-  const auto copy_gate = [&](int layer) {
-    if (layer < p.layer_count) {
-      copy_tiles(base + plan.gate_at, layer_at(layer).of[kGate], inner, hidden, common.gate);
-      copy_tiles(base + plan.up_at, layer_at(layer).of[kUp], inner, hidden, common.gate);
-    }
-    copy_async_commit();
+  const auto copy_gated = [&](int layer) {
+    if (!copies(layer)) return;
+    const uint32_t barrier = announce(kGated, 2 * share_bytes(inner, hidden, common.gate));
+    copy_share(base + plan.gate_at, layer_at(layer).of[kGate], inner, hidden, common.gate, barrier);
+    copy_share(base + plan.up_at, layer_at(layer).of[kUp], inner, hidden, common.gate, barrier);
   };
   const auto copy_down = [&](int layer) {
-    if (layer < p.layer_count)
-      copy_tiles(base + plan.down_at, layer_at(layer).of[kDown], hidden, inner, common.of_down);
-    copy_async_commit();
+    if (!copies(layer)) return;
+    const uint32_t barrier = announce(kDowned, share_bytes(hidden, inner, common.of_down));
+    copy_share(base + plan.down_at, layer_at(layer).of[kDown], hidden, inner, common.of_down, barrier);
   };
 
+  if (thread == 0) {
+    for (uint64_t& barrier : ready) barrier_init(shared_address(&barrier), 1);
+    barrier_init_fence();
+  }
   load_layer(0);
   __syncthreads();
   copy_qkv(0);
   copy_out(0);
-  copy_gate(0);
+  copy_gated(0);
   copy_down(0);
-  const int slot = static_cast<int>(min(load_long(p.slot), static_cast<int64_t>(p.capacity - 1)));
-  const int head = block / plan.splits, rank = block % plan.splits, splits = plan.splits;
-  const bool attends = head < p.shape.heads;
-  const int share = (slot + splits - 1) / splits, begin = min(rank * share, slot), end = min(begin + share, slot);
   uint4 h[1];
   load_row<T>(p.x, hidden, h);
 
   // a product of one input: outputs [share of n] go to y
-  const auto project = [&]<int kRounds>(const uint4(&n)[kRounds], const Factors<kRounds>(&factors)[1],
-                                        const TokenMatrix& matrix, const Place& place, uint32_t weights, int columns,
+  const auto project = [&]<int kRounds>(Stage stage, int layer, const uint4(&n)[kRounds], Factors<kRounds>(&factors)[1],
+                                        const TokenMatrix& matrix, const Place& place, int weights_at, int columns,
                                         Share tiles, int count, T* y) {
     float act_scale[1];
     make_planes<T, kRounds, 1>(n, factors, a.highest, planes, s, act_scale);
+    factors[0].template load_shift<T>(matrix, columns);
+    barrier_wait(shared_address(ready + stage), layer & 1);
     const int stride = tiles.count * kTileRows;
-    multiply<kRounds>(weights, columns, tiles.count, warp % 2, 2, planes, slots + chunk * stride);
+    multiply<kRounds>(base + weights_at, columns, tiles.count, warp % 2, 2, planes, slots + chunk * stride);
+    add_shift<T>(n, factors[0], s.shift[0][warp]);
     __syncthreads();
     const int row = tiles.first * kTileRows + thread;
     if (thread < stride && row < count) {
-      y[row] = from_float<T>(output_of(slots, stride, thread, s, 0, factors[0].shifts, act_scale[0], place,
-                                       static_cast<bool>(matrix.group_shift)));
+      y[row] = from_float<T>(output_of(slots, stride, thread, s, 0, factors[0].shifts, act_scale[0], place, matrix));
     }
+  };
+  // what the next layer's stages read of columns: a warp a vector, a lane a line
+  const auto fetch_columns = [&](int layer) {
+    if (layer == p.layer_count) return;
+    const TokenLayer& l = layer_at(layer);
+    const int which = warp % kTokenProjections;
+    const TokenMatrix& matrix = l.of[which];
+    const void* const row = warp < kTokenProjections       ? matrix.in_scale
+                            : warp < 2 * kTokenProjections ? matrix.in_shift
+                            : warp % 2 == 0                ? l.input_norm
+                                                           : l.post_norm;
+    const int columns = warp >= 2 * kTokenProjections ? hidden
+                        : which == kOutput            ? width
+                        : which == kDown              ? inner
+                                                      : hidden;
+    const int column = (block * 32 + lane) * 64;
+    if (row != nullptr && column < columns) fetch_to_l2(static_cast<const T*>(row) + column);
   };
 
   for (int layer = 0; layer < p.layer_count; ++layer) {
     const TokenLayer& l = layer_at(layer);
+    const int head = common.head, rank = common.rank, begin = common.begin, end = common.end, splits = plan.splits;
+    const bool attends = head < p.shape.heads;
     const int64_t cache_row = (static_cast<int64_t>(layer) * p.shape.heads + head) * p.capacity;
     T* const keys = static_cast<T*>(p.keys) + cache_row * kDim;
     T* const values = static_cast<T*>(p.values) + cache_row * kDim;
 
     // ---- q, k, v
+    if (attends) {  // which the next stage reads
+      for (int i = begin * kDim + thread * 64; i < end * kDim; i += kThreads * 64) {
+        fetch_to_l2(keys + i);
+        fetch_to_l2(values + i);
+      }
+    }
     {
       uint4 weight[1], added[1];
       Factors<1> factors[1];
@@ -487,10 +569,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
       load_row<T>(layer > 0 ? common.down : nullptr, hidden, added);
       const uint4 n[1] = {normalise<T>(h[0], added[0], weight[0], hidden, l.input_eps, s)};
       load_layer(layer + 1);  // whose place the layer before has left
-      project(n, factors, matrix, place, base, hidden, qkv, width, common.projected);
-      copy_qkv(layer + 1);
+      project(kQkv, layer, n, factors, matrix, place, 0, hidden, qkv, width, common.projected);
     }
     grid.arrive();
+    copy_qkv(layer + 1);
 
     // ---- attention
     {
@@ -516,7 +598,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
         if (warp < 2) {
 #pragma unroll
           for (int i = 0; i < kColumns; ++i) {
-            const int64_t at = static_cast<int64_t>(slot) * kDim + lane + 32 * i;
+            const int64_t at = static_cast<int64_t>(common.slot) * kDim + lane + 32 * i;
             cos[i] = load_number(static_cast<const T*>(p.cos) + at);
             sin[i] = load_number(static_cast<const T*>(p.sin) + at);
             weight[i] = norm != nullptr ? load_number(static_cast<const T*>(norm) + lane + 32 * i) : 1;
@@ -529,7 +611,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
         uint4 new_value = make_uint4(0, 0, 0, 0);
         if (has_new) {
           new_value = load_quad(common.v + head * kDim + column);
-          *reinterpret_cast<uint4*>(values + static_cast<int64_t>(slot) * kDim + column) = new_value;
+          *reinterpret_cast<uint4*>(values + static_cast<int64_t>(common.slot) * kDim + column) = new_value;
         }
         if (warp < 2) {
           Row<T, kDim> row;
@@ -540,7 +622,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
           for (int i = 0; i < kColumns; ++i) {
             const int at = lane + 32 * i;
             (warp == 0 ? query : new_key)[at] = warp == 0 ? row.x[i] * (p.scaling * kLog2E) : row.x[i];
-            if (warp == 1 && rank == 0) keys[static_cast<int64_t>(slot) * kDim + at] = from_float<T>(row.x[i]);
+            if (warp == 1 && rank == 0) keys[static_cast<int64_t>(common.slot) * kDim + at] = from_float<T>(row.x[i]);
           }
         }
         __syncthreads();
@@ -617,18 +699,32 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
           part[kDim + 1] = total;
         }
         __syncthreads();
-        const auto combine = [&](const float* from, int count, auto read, float& all, float& most, float& counted) {
-          most = read(from + kDim);
-          for (int i = 1; i < count; ++i) most = fmaxf(most, read(from + i * kPart + kDim));
+        // of up to kCount parts, what thread i makes of column i
+        const auto combine = [&]<int kCount>(int count, auto part_at, float& all, float& most, float& counted) {
+          float largest_of[kCount], total_of[kCount], sum_of[kCount];
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const bool there = i < count;
+            largest_of[i] = there ? part_at(i, kDim) : -INFINITY;
+            total_of[i] = there ? part_at(i, kDim + 1) : 0;
+            sum_of[i] = there ? part_at(i, thread) : 0;
+          }
+          most = largest_of[0];
+#pragma unroll
+          for (int i = 1; i < kCount; ++i) most = fmaxf(most, largest_of[i]);
           all = counted = 0;
-          for (int i = 0; i < count; ++i) {
-            const float shrink = exp2_fast(read(from + i * kPart + kDim) - most);
-            counted += shrink * read(from + i * kPart + kDim + 1);
-            all += shrink * read(from + i * kPart + thread);
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const float shrink = exp2_fast(largest_of[i] - most);
+            counted += shrink * total_of[i];
+            all += shrink * sum_of[i];
           }
         };
         float all = 0, most = 0, counted = 1;
-        if (thread < kDim) combine(parts, kWarps, [](const float* at) { return *at; }, all, most, counted);
+        if (thread < kDim) {
+          const auto of_warp = [&](int i, int at) { return parts[i * kPart + at]; };
+          combine.template operator()<kWarps>(kWarps, of_warp, all, most, counted);
+        }
         if (splits > 1) {
           float* const of_head = a.memory.parts + static_cast<int64_t>(head) * splits * kPart;
           if (thread < kDim) {
@@ -640,12 +736,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
           }
           __syncthreads();
           if (thread == 0) {
-            __threadfence();
-            is_last_part = add_released(a.memory.heads_done + head, 1) % splits == static_cast<unsigned>(splits - 1);
+            is_last_part = add(a.memory.heads_done + head, 1) % splits == static_cast<unsigned>(splits - 1);
           }
           __syncthreads();
           if (is_last_part && thread < kDim) {
-            combine(of_head, splits, [](const float* at) { return __ldcg(at); }, all, most, counted);
+            const auto of_block = [&](int i, int at) { return __ldcg(of_head + i * kPart + at); };
+            combine.template operator()<kMaxSplits>(splits, of_block, all, most, counted);
           }
           if (is_last_part && thread < kDim)
             common.attended[head * kDim + thread] = from_float<T>(__fdiv_rn(all, counted));
@@ -657,6 +753,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
     grid.arrive();
 
     // ---- output
+    fetch_columns(layer + 1);
     {
       uint4 n[1];
       Factors<1> factors[1];
@@ -667,10 +764,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
                  thread < out.count * kTileRows && out.first * kTileRows + thread < hidden);
       grid.wait();
       load_row<T>(common.attended, width, n);
-      project(n, factors, l.of[kOutput], place, base + plan.out_at, width, out, hidden, common.o);
-      copy_out(layer + 1);
+      project(kOut, layer, n, factors, l.of[kOutput], place, plan.out_at, width, out, hidden, common.o);
     }
     grid.arrive();
+    copy_out(layer + 1);
 
     // ---- gate, up
     {
@@ -690,23 +787,28 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
       const uint4 n[1] = {normalise<T>(h[0], added[0], weight[0], hidden, l.post_eps, s)};
       float act_scale[2];
       make_planes<T, 1, 2>(n, factors, a.highest, planes, s, act_scale);
+      factors[0].template load_shift<T>(l.of[kGate], hidden);
+      factors[1].template load_shift<T>(l.of[kUp], hidden);
+      barrier_wait(shared_address(ready + kGated), layer & 1);
       const int which_of_two = warp % 2;
       multiply<1>(base + (which_of_two == 0 ? plan.gate_at : plan.up_at), hidden, gate.count, 0, 1,
                   planes + which_of_two * kKWarps * kPlaneBytes, slots + (which_of_two * kKWarps + chunk) * stride);
+      add_shift<T>(n, factors[0], s.shift[0][warp]);
+      add_shift<T>(n, factors[1], s.shift[1][warp]);
       __syncthreads();
       if (valid) {
         const auto value = [&](int i, const Place& place, const TokenMatrix& matrix) {
           const float y = output_of(slots + i * kKWarps * stride, stride, thread, s, i, factors[i].shifts, act_scale[i],
-                                    place, static_cast<bool>(matrix.group_shift));
+                                    place, matrix);
           return to_float(from_float<T>(y));
         };
         const float gated = value(0, gate_place, l.of[kGate]), factor = value(1, up_place, l.of[kUp]);
         const float silu = to_float(from_float<T>(gated / (1.0f + expf(-gated))));
         common.m[row] = from_float<T>(__fmul_rn(silu, factor));
       }
-      copy_gate(layer + 1);
     }
     grid.arrive();
+    copy_gated(layer + 1);
 
     // ---- down
     {
@@ -719,10 +821,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
                  thread < of_down.count * kTileRows && of_down.first * kTileRows + thread < hidden);
       grid.wait();
       load_row<T>(common.m, inner, n);
-      project(n, factors, l.of[kDown], place, base + plan.down_at, inner, of_down, hidden, common.down);
-      copy_down(layer + 1);
+      project(kDowned, layer, n, factors, l.of[kDown], place, plan.down_at, inner, of_down, hidden, common.down);
     }
     grid.arrive();
+    copy_down(layer + 1);
   }
 
   uint4 weight[1], added[1];
@@ -731,6 +833,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
   load_row<T>(common.down, hidden, added);
   const uint4 normed = normalise<T>(h[0], added[0], weight[0], hidden, p.eps, s);
   if (block == 0 && column_of(0) < hidden) *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + column_of(0)) = normed;
+  grid.leave();
+#endif
 }
 
 }  // namespace
@@ -739,7 +843,7 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   TokenPlan plan;
   const int width = shape.heads * shape.dim, blocks = device.multiprocessors;
   const auto fits = [](int columns) { return columns > 0 && columns % 128 == 0; };
-  if (device.architecture < 80 || !device.has_binary_mma() || (shape.dim != 64 && shape.dim != 128)) return plan;
+  if (device.architecture < 90 || !device.has_binary_mma() || (shape.dim != 64 && shape.dim != 128)) return plan;
   if (shape.dtype == Dtype::kFloat32 || (shape.bits != 8 && shape.bits != 4 && shape.bits != 2)) return plan;
   if (!fits(shape.hidden) || !fits(shape.inner) || !fits(width) || blocks < 3 || shape.heads > blocks) return plan;
   if (shape.hidden > kMaxHidden || width > kMaxHidden || shape.inner > kMaxInnerRounds * kMaxHidden) return plan;
@@ -752,7 +856,7 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   while (2 * plan.splits <= kMaxSplits && shape.heads * plan.splits * 2 <= blocks) plan.splits *= 2;
   int at = 0;
   const auto region = [&at](int tiles, int k) {
-    at += tiles * kTileRows * row_pitch(k);
+    at += tiles * kTileRows * (k / 8);
     return (at = (at + 127) / 128 * 128);
   };
   plan.out_at = region(plan.qkv_tiles, shape.hidden);

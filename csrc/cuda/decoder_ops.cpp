@@ -122,7 +122,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_packs(Tensor x, Opti
     packed.sum = static_cast<int32_t*>(sum.mutable_data_ptr()) + i * m * segments;
     packed.shift = static_cast<float*>(shift.mutable_data_ptr()) + i * m;
   }
-  check(on.call, cuda::rms_norm_packs(problem, m, on.launch));
+  if (cuda::rms_norm_comes_first(problem, m, on.launch.device)) {
+    Tensor normed = empty(on.call, {m, k}, x.scalar_type());
+    check(on.call, cuda::rms_norm(problem.norm, normed.mutable_data_ptr(), m, on.launch));
+    for (int i = 0; i < problem.count; ++i) {
+      problem.packed[i].x = {normed.const_data_ptr(), problem.norm.x.dtype};
+      problem.packed[i].stride = k;
+      check(on.call, cuda::pack_activations(problem.packed[i], m, on.launch));
+    }
+  } else {
+    check(on.call, cuda::rms_norm_packs(problem, m, on.launch));
+  }
   return {planes, scale, sum, shift, call.hidden};
 }
 

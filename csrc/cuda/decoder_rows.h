@@ -41,6 +41,9 @@ bool takes_rows(const void* data, int64_t stride, Dtype dtype, int64_t k);
 cudaError_t rms_norm(const RmsNorm& problem, void* y, int64_t m, const Launch& on);
 cudaError_t silu_mul(const SiluMul& problem, void* y, int64_t m, const Launch& on);
 
+// Whether the packs of so many tokens are made faster from the rows that rms_norm() leaves in memory.
+bool rms_norm_comes_first(const RmsNormPacks& problem, int64_t m, const Device& device);
+
 // Any shape and type; one launch for a few tokens of the usual ones.
 cudaError_t rms_norm_packs(const RmsNormPacks& problem, int64_t m, const Launch& on);
 

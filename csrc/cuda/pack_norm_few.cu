@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __gr
   const auto column_of = [&](int i) { return ((part + i) % kOctets * static_cast<int>(blockDim.x) + thread) * kOctet; };
   const auto load_constants = [&](const Floats& constants, int i) {
     const int column = column_of(i);
-    return constants && column < k ? load_quad(static_cast<const T*>(constants.data) + column)
-                                   : make_uint4(0, 0, 0, 0);
+    return constants && column < k ? load_quad(static_cast<const T*>(constants.data) + column) : make_uint4(0, 0, 0, 0);
   };
   const Floats& factors_of_columns = part == kParts - 1 ? p.in_shift : p.in_scale;
   uint4 weight[kOctets], constants[kOctets];
@@ -203,7 +202,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) norm_pack_kernel(const __gr
 // each is read once.
 constexpr int64_t kBlocksOfMultiprocessor = 8;
 
-bool is_few(const RmsNormPacks& p, int64_t m, const Device& device) {
+// Whether the kernel takes the rows, be they few or many.
+bool are_halves(const RmsNormPacks& p) {
   const RmsNorm& norm = p.norm;
   const bool aligned = !norm.residual || takes_rows(norm.residual.data, norm.residual_stride, norm.x.dtype, norm.k);
   bool fits = aligned && norm.k <= kMaxRowColumns && reinterpret_cast<uintptr_t>(norm.weight.data) % 16 == 0;
@@ -213,7 +213,11 @@ bool is_few(const RmsNormPacks& p, int64_t m, const Device& device) {
     packed.stride = norm.stride;
     fits = fits && is_halves(packed);
   }
-  return fits && m * kParts * p.count <= kBlocksOfMultiprocessor * device.multiprocessors;
+  return fits;
+}
+
+bool are_few(const RmsNormPacks& p, int64_t m, const Device& device) {
+  return m * kParts * p.count <= kBlocksOfMultiprocessor * device.multiprocessors;
 }
 
 // One launch a projection; the first adds the residual.
@@ -243,9 +247,13 @@ cudaError_t one_by_one(const RmsNormPacks& p, int64_t m, const Launch& on) {
 
 }  // namespace
 
+bool rms_norm_comes_first(const RmsNormPacks& p, int64_t m, const Device& device) {
+  return are_halves(p) && !are_few(p, m, device);
+}
+
 cudaError_t rms_norm_packs(const RmsNormPacks& p, int64_t m, const Launch& on) {
   if (m == 0 || p.count == 0) return cudaSuccess;
-  if (!is_few(p, m, on.device)) return one_by_one(p, m, on);
+  if (!are_halves(p) || !are_few(p, m, on.device)) return one_by_one(p, m, on);
   Arguments a{.norm = p.norm, .of = {}};
   bool shifts = false;
   for (int i = 0; i < p.count; ++i) {
