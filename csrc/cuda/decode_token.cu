@@ -24,21 +24,15 @@
 //   registers  h, eight columns a lane, through all layers
 #include <algorithm>
 
-#include "attention_row.cuh"
 #include "decode_token.h"
-#include "gemm_decode.cuh"
 #include "hopper.cuh"
-#include "pack_row.cuh"
+#include "token_attention.cuh"
+#include "token_product.cuh"
 
 namespace bitinfer::cuda {
 namespace {
 
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kChunkColumns = 32 * kChunkWords, kPlaneBytes = kChunkColumns;  // of the eight planes of a chunk
 constexpr int kMaxHidden = kKWarps * kChunkColumns, kMaxInnerRounds = 3;
-constexpr int kMaxSplits = 8, kUnroll = 4;  // slots that a lane has under way
-
-constexpr int part_size(int dim) { return dim + 4; }  // floats: sum of p * v, largest score, sum of p
 
 constexpr int tiles_for(int n) { return (n + kTileRows - 1) / kTileRows; }
 
@@ -54,30 +48,6 @@ constexpr int64_t kRowAlignment = 256;
 
 constexpr int64_t row_bytes(int columns) {
   return (2 * int64_t{columns} + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-}
-
-// Tiles of a block.
-struct Share {
-  int first, count;
-
-  Share() = default;
-  __device__ Share(int tiles, int block, int blocks) {
-    first = block * (tiles / blocks) + min(block, tiles % blocks);
-    count = tiles / blocks + (block < tiles % blocks);
-  }
-};
-
-struct Scratch {
-  float squares[kWarps];
-  uint32_t largest[2][kWarps];
-  alignas(16) int sum[2][kWarps];
-  alignas(16) float shift[2][kWarps];
-};
-
-__device__ __forceinline__ uint32_t add(uint32_t* to, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
-  return before;
 }
 
 __device__ __forceinline__ void fetch_to_l2(const void* from) {
@@ -109,282 +79,6 @@ struct GridBarrier {
   }
 };
 
-// The bits of a number, converted where it is used: that waits for memory.
-__device__ __forceinline__ uint32_t load_bits(const Floats& row, int i) {
-  uint32_t bits;
-  if (row.dtype == Dtype::kFloat32) {
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(static_cast<const uint32_t*>(row.data) + i));
-  } else {
-    unsigned short half;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(half) : "l"(static_cast<const unsigned short*>(row.data) + i));
-    bits = half;
-  }
-  return bits;
-}
-
-__device__ __forceinline__ float to_number(const Floats& row, uint32_t bits, float absent) {
-  if (!row) return absent;
-  if (row.dtype == Dtype::kFloat32) return __uint_as_float(bits);
-  if (row.dtype == Dtype::kBFloat16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
-// What a thread needs for the output of a row.
-struct Place {
-  uint32_t scale, shift, bias;
-
-  __device__ __forceinline__ void load(const TokenMatrix& m, int row, bool valid) {
-    scale = shift = bias = 0;
-    if (!valid) return;
-    if (m.scale) scale = load_bits(m.scale, row);
-    if (m.group_shift) shift = load_bits(m.group_shift, row);
-    if (m.bias) bias = load_bits(m.bias, row);
-  }
-};
-
-// The columns of a lane in round r: half of a chunk's octets belong to each of two warps.
-__device__ __forceinline__ int column_of(int round) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  return (warp / 2 + round * kKWarps) * kChunkColumns + (warp % 2 * 32 + lane) * kOctet;
-}
-
-template <typename T, int kRounds>
-__device__ __forceinline__ void load_row(const void* row, int k, uint4 (&to)[kRounds]) {
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int column = column_of(r);
-    to[r] = make_uint4(0, 0, 0, 0);
-    if (row != nullptr && column < k) to[r] = load_quad(static_cast<const T*>(row) + column);
-  }
-}
-
-// Bytes of a share of a matrix, which lie together in memory, and in shared memory too: rows without padding cost some
-// bank conflicts, but a copy of its own for each would cost the copy engine more.
-__device__ __forceinline__ uint32_t share_bytes(int n, int k, Share share) {
-  const int rows = min(share.count * kTileRows, n - share.first * kTileRows);
-  return static_cast<uint32_t>(max(rows, 0) * (k / 8));
-}
-
-// Has the copy engine bring a share; `barrier` gets the bytes.
-__device__ __forceinline__ void copy_share(uint32_t to, const TokenMatrix& m, int n, int k, Share share,
-                                           uint32_t barrier) {
-  const uint32_t bytes = share_bytes(n, k, share);
-  if (bytes == 0) return;
-  const auto* const from = reinterpret_cast<const unsigned char*>(m.signs) + int64_t{share.first} * kTileRows * (k / 8);
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-// h += added and n = RMSNorm(h) * weight, each step rounded to T.
-template <typename T>
-__device__ __forceinline__ uint4 normalise(uint4& h, const uint4& added, const uint4& weight, int k, float eps,
-                                           Scratch& s) {
-  float z[kOctet], others[kOctet];
-  unpack<T>(h, z);
-  unpack<T>(added, others);
-  float squares = 0;
-#pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fadd_rn(z[j], others[j]);
-  h = round_octet(z, T{});
-#pragma unroll
-  for (float value : z) squares += value * value;
-  squares = warp_sum(squares);
-  if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = s.squares[threadIdx.x % kWarps];
-#pragma unroll
-  for (int distance = kWarps / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(kAllLanes, squares, distance);
-  const float factor = rsqrtf(squares / static_cast<float>(k) + eps);
-  unpack<T>(weight, others);
-#pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fmul_rn(z[j], factor);
-  round_octet(z, T{});
-#pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fmul_rn(z[j], others[j]);
-  return round_octet(z, T{});
-}
-
-// The columns' factors of one product.
-template <int kRounds>
-struct Factors {
-  uint4 scale[kRounds], shift[kRounds];
-  bool scales, shifts;
-
-  template <typename T>
-  __device__ __forceinline__ void load(const TokenMatrix& m, int k) {
-    scales = m.in_scale != nullptr;
-    shifts = m.in_shift != nullptr;
-    load_row<T>(m.in_scale, k, scale);
-  }
-  // later: registers are few
-  template <typename T>
-  __device__ __forceinline__ void load_shift(const TokenMatrix& m, int k) {
-    load_row<T>(m.in_shift, k, shift);
-  }
-};
-
-// Quantises the token for each product and leaves its planes [product, round, chunk] in shared memory.
-template <typename T, int kRounds, int kProducts>
-__device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts],
-                                            float highest, uint32_t planes, Scratch& s, float (&act_scale)[kProducts]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const auto z_of = [&](int p, int r, float (&z)[kOctet]) {
-    unpack<T>(n[r], z);
-    if (!factors[p].scales) return;
-    float scale[kOctet];
-    unpack<T>(factors[p].scale[r], scale);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) z[j] = __fmul_rn(z[j], scale[j]);
-  };
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p) {
-    float maximum = 0;
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float z[kOctet];
-      z_of(p, r, z);
-#pragma unroll
-      for (float value : z) maximum = max_magnitude(maximum, value);
-    }
-    const uint32_t largest = __reduce_max_sync(kAllLanes, __float_as_uint(maximum));
-    if (lane == 0) s.largest[p][warp] = largest;
-  }
-  __syncthreads();
-  // lanes 2h' and 2h' + 1 together have 16 columns, half a word of each plane: the even lane stores planes 0 to 3 of
-  // them, the odd one 4 to 7. See popcount's operand in gemm_decode.cu: half h of a chunk is half h % 2 of word h / 2 =
-  // 4t + i, a row of eight planes at row 2t + h % 2 of matrix i.
-  const bool odd = lane & 1;
-  const int half = 16 * (warp % 2) + lane / 2, matrix = half / 2 % 4, row = half / 8 * 2 + half % 2;
-  const uint32_t to = planes + 16 * (8 * matrix + (row ^ 2 * matrix)) + 8 * odd;
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p) {
-    const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
-    const bool bad = largest >= kInfinityBits, zero = bad || __uint_as_float(largest) < kSmallestAbsmax;
-    const float factor = __fdiv_rn(highest, __uint_as_float(largest));
-    act_scale[p] = bad ? __uint_as_float(kNaNBits) : zero ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
-    int sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float z[kOctet];
-      z_of(p, r, z);
-      uint32_t q[kOctet];
-      // adding 1.5 * 2^23 leaves the integer, rounded half to even, in the low bits
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) q[j] = __float_as_uint(__fadd_rn(__fmul_rn(z[j], factor), 12582912.0f));
-      uint32_t low = zero ? 0 : gather_bytes<0>(q[0], q[1], q[2], q[3]);
-      uint32_t high = zero ? 0 : gather_bytes<0>(q[4], q[5], q[6], q[7]);
-      sum = __dp4a(static_cast<int>(low), 0x01010101, __dp4a(static_cast<int>(high), 0x01010101, sum));
-      transpose_bits(low, high);
-      const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
-      const uint32_t first = odd ? other : low, second = odd ? high : other;
-      asm volatile(
-          "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + ((p * kRounds + r) * kKWarps + warp / 2) * kPlaneBytes),
-          "r"(__byte_perm(first, second, 0x5140)), "r"(__byte_perm(first, second, 0x7362))
-          : "memory");
-    }
-    sum = __reduce_add_sync(kAllLanes, sum);
-    if (lane == 0) s.sum[p][warp] = sum;
-  }
-  __syncthreads();
-}
-
-// in_shift . n of this warp's columns, for one product.
-template <typename T, int kRounds>
-__device__ __forceinline__ void add_shift(const uint4 (&n)[kRounds], const Factors<kRounds>& factors, float& of_warp) {
-  if (!factors.shifts) return;
-  float total[kOctet] = {};
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    // products of 16-bit numbers are exact in float32
-    float values[kOctet], shift[kOctet];
-    unpack<T>(n[r], values);
-    unpack<T>(factors.shift[r], shift);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) total[j] = fmaf(values[j], shift[j], total[j]);
-  }
-#pragma unroll
-  for (int distance = kOctet / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
-  }
-  const float shift = warp_sum(total[0]);
-  if (threadIdx.x % 32 == 0) of_warp = shift;
-}
-
-// Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's chunk.
-template <int kRounds>
-__device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int first, int step, uint32_t planes,
-                                         int* slot) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, chunk = static_cast<int>(threadIdx.x) / 64;
-  const int g = lane / 4, t = lane % 4, pitch = k / 8;
-  const int last_chunk = (k - 1) / kChunkColumns;
-  uint4 x[kRounds];
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[r].x), "=r"(x[r].y), "=r"(x[r].z), "=r"(x[r].w)
-                 : "r"(planes + (r * kKWarps + chunk) * kPlaneBytes + 16 * (lane ^ lane / 8 * 2))
-                 : "memory");
-  }
-  const uint32_t at_lane = weights + g * pitch + 16 * t;
-  constexpr int kBatch = 2;  // tiles at a time, to have independent work
-  for (int tile0 = first; tile0 < tiles; tile0 += kBatch * step) {
-    int c[kBatch][1][4] = {};
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      // chunks past the end of a row have planes of zero, whatever weights those meet
-      const int at_chunk = 64 * min(chunk + r * kKWarps, last_chunk);
-      uint4 upper[kBatch], lower[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const uint32_t at = at_lane + min(tile0 + b * step, tiles - 1) * (kTileRows * pitch) + at_chunk;
-        upper[b] = load_shared(at);
-        lower[b] = load_shared(at + 8 * pitch);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        multiply_b1_k256(c[b][0], {upper[b].x, lower[b].x, upper[b].y, lower[b].y}, x[r].x, x[r].y);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        multiply_b1_k256(c[b][0], {upper[b].z, lower[b].z, upper[b].w, lower[b].w}, x[r].z, x[r].w);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int tile = tile0 + b * step;
-      if (tile >= tiles) break;
-      combine_groups<8, 1>(c[b], g, t, [&](int, int row, int value) { slot[tile * kTileRows + row] = value; });
-    }
-  }
-}
-
-// An output, in the order that popcount_gemm prescribes.
-__device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int p, bool shifts,
-                                           float act_scale, const Place& place, const TokenMatrix& m) {
-  int counted = 0, q_sum = 0;
-#pragma unroll
-  for (int w = 0; w < kKWarps; ++w) counted += slots[w * stride + row];
-  float shift = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps / 4; ++i) {
-    const int4 four = reinterpret_cast<const int4*>(s.sum[p])[i];
-    q_sum += (four.x + four.y) + (four.z + four.w);
-    if (shifts) {
-      const float4 of_warps = reinterpret_cast<const float4*>(s.shift[p])[i];
-      shift += (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
-    }
-  }
-  const float scale = to_number(m.scale, place.scale, 1);
-  float y = __fmul_rn(__fmul_rn(act_scale, scale), static_cast<float>(q_sum - 2 * counted));
-  if (m.group_shift) {
-    const float of_group = to_number(m.group_shift, place.shift, 0);
-    y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, of_group), static_cast<float>(q_sum)));
-  }
-  return __fadd_rn(__fadd_rn(y, shift), to_number(m.bias, place.bias, 0));
-}
-
 struct Arguments {
   DecodeToken p;
   TokenPlan plan;
@@ -399,7 +93,7 @@ struct Common {
   T* projected;                            // q, k or v: no block has some of two
   int projection;
   Share qkv, out, gate, of_down;
-  int head, rank, slot, begin, end;  // of attention; slots before the new one
+  AttentionShare attention;
 
   __device__ void fill(const Arguments& a, int block, int blocks) {
     const TokenShape& shape = a.p.shape;
@@ -419,25 +113,20 @@ struct Common {
     out = Share(tiles_for(shape.hidden), block, blocks);
     gate = Share(tiles_for(shape.inner), block, blocks);
     of_down = Share(tiles_for(shape.hidden), block, blocks);
-    head = block / a.plan.splits;
-    rank = block % a.plan.splits;
-    slot = static_cast<int>(min(load_long(a.p.slot), static_cast<int64_t>(a.p.capacity - 1)));
-    const int share = (slot + a.plan.splits - 1) / a.plan.splits;
-    begin = min(rank * share, slot);
-    end = min(begin + share, slot);
+    const int splits = a.plan.splits, rank = block % splits;
+    const int slot = static_cast<int>(min(load_long(a.p.slot), static_cast<int64_t>(a.p.capacity - 1)));
+    const int part = (slot + splits - 1) / splits, begin = min(rank * part, slot);
+    attention = {block / splits, rank, splits, slot, begin, min(begin + part, slot)};
   }
 };
 
 template <typename T, int kDim, int kInnerRounds>
 __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_constant__ Arguments a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kStep = kWarps * kSlotsOfLoad;
-  constexpr int kColumns = kDim / 32, kPart = part_size(kDim);
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ Scratch s;
   __shared__ uint4 layer_words[2][sizeof(TokenLayer) / 16];  // this one and the next
   __shared__ Common<T> common;
-  __shared__ bool is_last_part;
   const DecodeToken& p = a.p;
   const TokenPlan& plan = a.plan;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -542,14 +231,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
 
   for (int layer = 0; layer < p.layer_count; ++layer) {
     const TokenLayer& l = layer_at(layer);
-    const int head = common.head, rank = common.rank, begin = common.begin, end = common.end, splits = plan.splits;
-    const bool attends = head < p.shape.heads;
+    const int head = common.attention.head, begin = common.attention.begin, end = common.attention.end;
     const int64_t cache_row = (static_cast<int64_t>(layer) * p.shape.heads + head) * p.capacity;
     T* const keys = static_cast<T*>(p.keys) + cache_row * kDim;
     T* const values = static_cast<T*>(p.values) + cache_row * kDim;
 
     // ---- q, k, v
-    if (attends) {  // which the next stage reads
+    if (head < p.shape.heads) {  // which the next stage reads
       for (int i = begin * kDim + thread * 64; i < end * kDim; i += kThreads * 64) {
         fetch_to_l2(keys + i);
         fetch_to_l2(values + i);
@@ -575,181 +263,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_token_kernel(const __grid_
     copy_qkv(layer + 1);
 
     // ---- attention
-    {
-      const int column = lane % kLanes * kOctet, lane_slot = warp * kSlotsOfLoad + lane / kLanes;
-      uint4 k_raw[kUnroll], v_raw[kUnroll];
-      const auto load_slots = [&](int at) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int i = at + u * kStep + lane_slot;
-          k_raw[u] = v_raw[u] = make_uint4(0, 0, 0, 0);
-          if (attends && i < end) {
-            k_raw[u] = load_quad(keys + static_cast<int64_t>(i) * kDim + column);
-            v_raw[u] = load_quad(values + static_cast<int64_t>(i) * kDim + column);
-          }
-        }
-      };
-      float* const query = reinterpret_cast<float*>(shared + plan.scratch_at);  // [kDim], then the new key, then parts
-      float *const new_key = query + kDim, *const parts = new_key + kDim;
-      float cos[kColumns], sin[kColumns], weight[kColumns];
-      const void* const norm = warp == 0 ? l.q_norm : l.k_norm;
-      if (attends) {
-        load_slots(begin);
-        if (warp < 2) {
-#pragma unroll
-          for (int i = 0; i < kColumns; ++i) {
-            const int64_t at = static_cast<int64_t>(common.slot) * kDim + lane + 32 * i;
-            cos[i] = load_number(static_cast<const T*>(p.cos) + at);
-            sin[i] = load_number(static_cast<const T*>(p.sin) + at);
-            weight[i] = norm != nullptr ? load_number(static_cast<const T*>(norm) + lane + 32 * i) : 1;
-          }
-        }
-      }
-      grid.wait();
-      if (attends) {
-        const bool has_new = rank == 0 && warp == 0 && lane < kLanes;
-        uint4 new_value = make_uint4(0, 0, 0, 0);
-        if (has_new) {
-          new_value = load_quad(common.v + head * kDim + column);
-          *reinterpret_cast<uint4*>(values + static_cast<int64_t>(common.slot) * kDim + column) = new_value;
-        }
-        if (warp < 2) {
-          Row<T, kDim> row;
-          row.load((warp == 0 ? common.q : common.k) + head * kDim, lane);
-          if (norm != nullptr) row.normalise(weight, warp == 0 ? l.q_eps : l.k_eps);
-          row.rotate(cos, sin);
-#pragma unroll
-          for (int i = 0; i < kColumns; ++i) {
-            const int at = lane + 32 * i;
-            (warp == 0 ? query : new_key)[at] = warp == 0 ? row.x[i] * (p.scaling * kLog2E) : row.x[i];
-            if (warp == 1 && rank == 0) keys[static_cast<int64_t>(common.slot) * kDim + at] = from_float<T>(row.x[i]);
-          }
-        }
-        __syncthreads();
-        // every lane starts from the new slot's score as the largest; one set of lanes counts that slot
-        float at_query[kOctet], sum[kOctet], largest = 0, total = has_new ? 1 : 0;
-        unpack<T>(new_value, sum);
-#pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          at_query[j] = query[column + j];
-          largest += at_query[j] * new_key[column + j];
-        }
-#pragma unroll
-        for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-          largest += __shfl_xor_sync(kAllLanes, largest, distance);
-        }
-        for (int at = begin; at < end; at += kUnroll * kStep) {
-          if (at != begin) load_slots(at);
-          float score[kUnroll];
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            float key[kOctet];
-            unpack<T>(k_raw[u], key);
-            score[u] = 0;
-#pragma unroll
-            for (int j = 0; j < kOctet; ++j) score[u] += at_query[j] * key[j];
-          }
-#pragma unroll
-          for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) score[u] += __shfl_xor_sync(kAllLanes, score[u], distance);
-          }
-          float highest = largest;
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            if (at + u * kStep + lane_slot >= end) score[u] = -INFINITY;
-            highest = fmaxf(highest, score[u]);
-          }
-          const float shrink = exp2_fast(largest - highest);
-          largest = highest;
-          total *= shrink;
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) sum[j] *= shrink;
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            const float weight_of_slot = exp2_fast(score[u] - highest);
-            total += weight_of_slot;
-            float value[kOctet];
-            unpack<T>(v_raw[u], value);
-#pragma unroll
-            for (int j = 0; j < kOctet; ++j) sum[j] += weight_of_slot * value[j];
-          }
-        }
-        // what the lanes of a warp have, then its warps, then the blocks of the head
-#pragma unroll
-        for (int distance = kLanes; distance < 32; distance *= 2) {
-          const float other = __shfl_xor_sync(kAllLanes, largest, distance), highest = fmaxf(largest, other);
-          const float shrink = exp2_fast(largest - highest);
-          largest = highest;
-          total *= shrink;
-          total += __shfl_xor_sync(kAllLanes, total, distance);
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) {
-            sum[j] *= shrink;
-            sum[j] += __shfl_xor_sync(kAllLanes, sum[j], distance);
-          }
-        }
-        float* const part = parts + warp * kPart;
-        if (lane < kLanes) {
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) part[column + j] = sum[j];
-        }
-        if (lane == 0) {
-          part[kDim] = largest;
-          part[kDim + 1] = total;
-        }
-        __syncthreads();
-        // of up to kCount parts, what thread i makes of column i
-        const auto combine = [&]<int kCount>(int count, auto part_at, float& all, float& most, float& counted) {
-          float largest_of[kCount], total_of[kCount], sum_of[kCount];
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const bool there = i < count;
-            largest_of[i] = there ? part_at(i, kDim) : -INFINITY;
-            total_of[i] = there ? part_at(i, kDim + 1) : 0;
-            sum_of[i] = there ? part_at(i, thread) : 0;
-          }
-          most = largest_of[0];
-#pragma unroll
-          for (int i = 1; i < kCount; ++i) most = fmaxf(most, largest_of[i]);
-          all = counted = 0;
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const float shrink = exp2_fast(largest_of[i] - most);
-            counted += shrink * total_of[i];
-            all += shrink * sum_of[i];
-          }
-        };
-        float all = 0, most = 0, counted = 1;
-        if (thread < kDim) {
-          const auto of_warp = [&](int i, int at) { return parts[i * kPart + at]; };
-          combine.template operator()<kWarps>(kWarps, of_warp, all, most, counted);
-        }
-        if (splits > 1) {
-          float* const of_head = a.memory.parts + static_cast<int64_t>(head) * splits * kPart;
-          if (thread < kDim) {
-            of_head[rank * kPart + thread] = all;
-            if (thread == 0) {
-              of_head[rank * kPart + kDim] = most;
-              of_head[rank * kPart + kDim + 1] = counted;
-            }
-          }
-          __syncthreads();
-          if (thread == 0) {
-            is_last_part = add(a.memory.heads_done + head, 1) % splits == static_cast<unsigned>(splits - 1);
-          }
-          __syncthreads();
-          if (is_last_part && thread < kDim) {
-            const auto of_block = [&](int i, int at) { return __ldcg(of_head + i * kPart + at); };
-            combine.template operator()<kMaxSplits>(splits, of_block, all, most, counted);
-          }
-          if (is_last_part && thread < kDim)
-            common.attended[head * kDim + thread] = from_float<T>(__fdiv_rn(all, counted));
-        } else if (thread < kDim) {
-          common.attended[head * kDim + thread] = from_float<T>(__fdiv_rn(all, counted));
-        }
-      }
-    }
+    attend<T, kDim>(p, l, common.attention, common.q, common.k, common.v, common.attended, keys, values,
+                    reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, a.memory.heads_done,
+                    [&grid] { grid.wait(); });
     grid.arrive();
 
     // ---- output

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_models import KINDS, model_of, prompts
 from cuda_problems import CUDA, fresh_seed, make, poisoned, require_cuda
-from packed_models import llama, pack
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bitinfer.backends.reference import unpack_activations
 from bitinfer.models import Decoder, cuda_layer, fuse
@@ -289,39 +288,6 @@ def test_several_products_are_those_of_each(k: int, widths: list[int], layout: s
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-}
-KINDS = {
-    "fbi": ("llama", FBI),
-    "onebit": ("llama", ONEBIT),
-    "row": ("llama", ROW),
-    "groups": ("llama", GROUPS),
-    "biases": ("qwen2", FBI),
-    "qwen3": ("qwen3", FBI),
-}
-
-
-def model_of(kind: str, act_bits: int | None, dtype: torch.dtype = torch.float16, **sizes: Any) -> Any:
-    """Return a tiny packed model on the GPU, with column factors of every projection's own."""
-    family, layout = KINDS[kind]
-    sizes = {**SIZES, **sizes}
-    if family == "qwen3":
-        torch.manual_seed(0)
-        base = {"vocab_size": 80, "num_hidden_layers": 2, "tie_word_embeddings": False}
-        model: Any = Qwen3ForCausalLM(Qwen3Config(**{**base, **sizes})).eval()
-        for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, std=0.2, mean=1.0 if name.endswith("norm.weight") else 0.0)
-    else:
-        model = llama(bias=family == "qwen2", **sizes)
-    return pack(model, layout, dtype=dtype, act_bits=act_bits).cuda()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act_bits", [8, None, 4])
 @pytest.mark.parametrize("kind", KINDS)
@@ -384,96 +350,6 @@ def test_prompts_are_those_of_torch(kind: str, act_bits: int | None, dtype: torc
             assert (decoder.prefill(ids, first).float() - expected).abs().max().item() <= tolerance
 
 
-WHOLE = {
-    "small": {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4},
-    "one head": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 1, "head_dim": 128},
-    "odd": {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 3, "head_dim": 128},
-    "130m": {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12},
-    "1.3b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32},
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "head_dim": 128,
-        "num_hidden_layers": 1,
-    },
-    "wide heads": {"hidden_size": 256, "intermediate_size": 8192, "num_attention_heads": 32, "head_dim": 128},
-}
-
-
-def whole_model(kind: str, act_bits: int | None, dtype: torch.dtype, size: str, **more: Any) -> Any:
-    sizes = {**WHOLE[size], **more}
-    return model_of(kind, act_bits, dtype, num_key_value_heads=sizes["num_attention_heads"], **sizes)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act_bits", [8, 4])
-@pytest.mark.parametrize(
-    ("size", "kind"),
-    [
-        (size, kind)
-        for size in WHOLE
-        for kind in ("fbi", "row", "biases", "qwen3")
-        if kind == "fbi" or size in ("small", "one head", "odd")
-    ],
-)
-def test_all_layers_in_one_launch_are_the_layers(
-    size: str, kind: str, act_bits: int, dtype: torch.dtype, monkeypatch: Any
-) -> None:
-    """One launch gives what the kernels of each layer give, and writes the same keys and values, to a few roundings."""
-    monkeypatch.setattr(cuda_layer, "ONE_LAUNCH", True)
-    decoder = Decoder(whole_model(kind, act_bits, dtype, size))
-    within = []
-    for slot, capacity in ((0, 16), (1, 256), (37, 256), (511, 768), (700, 1000)):
-        cache = decoder.reserve(1, capacity)
-        model = decoder.token_model
-        assert model is not None
-        generator = torch.Generator("cuda").manual_seed(fresh_seed())
-        for tensor in (cache.keys, cache.values):
-            tensor.normal_(generator=generator)
-            tensor[:, :, :, slot:] = float("nan")
-        x = torch.randn(1, decoder.embed.embedding_dim, device="cuda", generator=generator).to(dtype)
-        step = cuda_layer.Step(torch.tensor([slot], device="cuda"), None, decoder.cos, decoder.sin)
-        torch.cuda.synchronize()
-        expected = cuda_layer.run(decoder.layers, decoder.norm, x, cache, step).float()
-        written = [tensor[:, :, :, slot].clone().float() for tensor in (cache.keys, cache.values)]
-        for tensor in (cache.keys, cache.values):
-            tensor[:, :, :, slot] = float("nan")
-        for _ in range(2):  # the second time counts on what the first one left in memory
-            y = poisoned(lambda m=model, c=cache, s=step, x=x: m.step(x, c, s)).float()
-            error = (y - expected).norm() / expected.norm()
-            within.append(error <= 0.02)
-            assert error <= (0.1 if act_bits == 8 else 1.0)
-            for tensor, old in zip((cache.keys, cache.values), written, strict=True):
-                new = tensor[:, :, :, slot].float()
-                assert (new[0] - old[0]).abs().max() <= (0.02 if act_bits == 8 else 0.2) * old[0].abs().max()
-                assert (new - old).norm() <= (0.1 if act_bits == 8 else 1.0) * old.norm()
-                assert tensor[:, :, :, slot + 1 :].isnan().all()
-    # a number that rounds to the other side changes what comes behind it, the more the coarser its steps
-    assert sum(within) >= len(within) * (0.7 if act_bits == 8 else 0.3)
-
-
-@pytest.mark.parametrize("act_bits", [8, 2])
-def test_tokens_of_one_launch_a_step(act_bits: int, monkeypatch: Any) -> None:
-    """In graphs and without, and across a cache that grows."""
-    monkeypatch.setattr(cuda_layer, "ONE_LAUNCH", True)
-    model = fuse(whole_model("fbi", act_bits, torch.float16, "130m"))
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    steps = []
-    step = cuda_layer.TokenModel.step
-    monkeypatch.setattr(cuda_layer.TokenModel, "step", lambda *args: steps.append(1) or step(*args))
-    short = model.generate(**prompts((9,)), max_new_tokens=40, **options)
-    assert len(steps) == 2
-    long = model.generate(**prompts((9,)), max_new_tokens=400, **options)
-    assert torch.equal(long[:, : short.shape[1]], short)
-    monkeypatch.setattr(loop, "_Captured", lambda step: step)
-    loop._decoders.clear()
-    assert torch.equal(model.generate(**prompts((9,)), max_new_tokens=40, **options), short)
-    assert len(steps) == 4 + 39
-    batch = model.generate(**prompts((9, 9)), max_new_tokens=40, **options)
-    assert batch.shape == (2, 49) and len(steps) == 4 + 39
-
-
 def test_layers_that_the_kernels_do_not_take() -> None:
     def taken(**sizes: Any) -> bool:
         model = model_of("fbi", 8, **sizes)
@@ -498,12 +374,6 @@ def test_layers_that_the_kernels_do_not_take() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
-def prompts(lengths: tuple[int, ...]) -> dict[str, Tensor]:
-    ids = torch.randint(3, 80, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(5))
-    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths).unsqueeze(1)
-    return {"input_ids": ids.where(mask, 0).cuda(), "attention_mask": mask.long().cuda()}
-
-
 @pytest.mark.parametrize("act_bits", [8, None])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "biases"])  # which fuse() does not know
 @pytest.mark.parametrize("lengths", [(9,), (5, 9, 2)], ids=str)
