@@ -201,11 +201,13 @@ def token_model(
     """Return what runs these layers for one token in one launch, None where nothing does.
 
     Args:
-        layers, norm: of a model that :func:`takes` accepts over this cache.
-        cache: of one sequence.
+        layers, norm: of a model.
+        cache: that they write.
         last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
     """
-    if not ONE_LAUNCH or cache.batch != 1 or not hasattr(torch.ops.bitinfer_native, "token_model_step"):
+    if not ONE_LAUNCH or cache.batch != 1 or not takes(layers, norm, cache):
+        return None
+    if not hasattr(torch.ops.bitinfer_native, "token_model_step"):  # a library built before it
         return None
     first: Any = layers[0]
     formats = {(p.act_bits, p.act_block, p.group_size, p.norm_eps) for layer in layers for p in linears_of(layer)}

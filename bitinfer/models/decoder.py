@@ -105,9 +105,8 @@ class Decoder:
             with torch.no_grad():
                 cos, sin = self.rope(torch.empty(0, dtype=self.dtype, device=self.device), positions)
             self.cache, self.cos, self.sin = cache, cos[0], sin[0]
-        taken = cuda_layer.takes(self.layers, self.norm, cache)
         last = self.token_model
-        self.token_model = cuda_layer.token_model(self.layers, self.norm, cache, last) if taken else None
+        self.token_model = cuda_layer.token_model(self.layers, self.norm, cache, last)
         if self.token_model is not last:
             self.loop = None  # whose graph has the last one's memory
         return cache

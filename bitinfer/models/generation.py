@@ -35,7 +35,7 @@ class FusedGeneration:
     ) -> Any:
         model: Any = self
         reason = "GPUs are synchronised" if synced_gpus else _beyond(model, input_ids, generation_config, model_kwargs)
-        if reason is None and model not in _decoders:  # a copy, or another kind put behind the class since
+        if reason is None and model not in _decoders:  # fuse() has looked at the others
             reason = obstacle(model)
         turn = _turns.setdefault(model, _Turn())
         if reason is None and turn.is_mine():
@@ -173,7 +173,10 @@ def _beyond(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> str
         # padding on the left and nowhere else: zeros, then ones
         if mask.shape != ids.shape or not bool((real.cummax(1).values == real).all()) or not bool(real[:, -1].all()):
             return "attention_mask is not one of padding on the left alone"
-    return None
+    # all parameters would take milliseconds
+    parts = (model.model.embed_tokens, model.model.layers[0], model.model.layers[-1], model.lm_head)
+    devices = {str(next(part.parameters()).device) for part in parts}
+    return None if len(devices) == 1 else f"it is spread over {', '.join(sorted(devices))}"
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:

@@ -4,9 +4,10 @@
 //   n[t] = RMSNorm(x[t] + residual[t]) * weight;  planes_i[t], scale_i[t], sum_i[t], shift_i[t] of n[t], i < count
 //
 // Shapes: x [M, K] float16 or bfloat16 in aligned rows, K % 128 == 0 up to 8,192, 8, 4 or 2 bits, one scale a token, a
-// few tokens; all else goes through the kernel of pack_fused.cu, a launch a projection. No block waits for another, as
-// in pack_activations_few.cu: each norms a whole row, 16 columns a thread, and then makes the planes of a half of it (8
-// columns a thread), or the sum of q and the scale, or in_shift . n.
+// few tokens. More of them the op norms first and packs from memory (rms_norm_comes_first); all else goes through the
+// kernel of pack_fused.cu, a launch a projection. No block waits for another, as in pack_activations_few.cu: each norms
+// a whole row, 16 columns a thread, and then makes the planes of a half of it (8 columns a thread), or the sum of q and
+// the scale, or in_shift . n.
 // Bounds: latency, as there, and that of one more sum over the block. The blocks of the first projection write x +
 // residual, each its half, and not over x or the residual, which other blocks may still have to read.
 #include "decoder_rows.h"
