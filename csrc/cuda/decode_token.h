@@ -13,6 +13,7 @@ struct TokenMatrix {
   const uint32_t* signs = nullptr;                      // [n, k / 32]
   const void *in_scale = nullptr, *in_shift = nullptr;  // [k], or absent
   Floats scale, group_shift, bias;                      // [n], or absent
+  bool has_rows = false;                                // one of these is not
 };
 
 enum TokenProjection { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kTokenProjections };
@@ -31,7 +32,8 @@ struct TokenPlan {
   int qkv_tiles = 0, out_tiles = 0, gate_tiles = 0, down_tiles = 0;  // the most of a block
   int splits = 0;                                                    // blocks that share the slots of a head
   int inner_rounds = 0;
-  int out_at = 0, gate_at = 0, up_at = 0, down_at = 0, scratch_at = 0;  // bytes; q, k and v at 0
+  int out_at = 0, gate_at = 0, up_at = 0, scratch_at = 0, down_at = 0;  // bytes; q, k and v at 0
+  int cache_slots = 0;  // whose keys and values fit in the place of down
   int shared_bytes = 0;
 
   explicit operator bool() const { return blocks != 0; }

@@ -116,7 +116,8 @@ void token_model_layer(int64_t handle, Tensors weight, OptionalTensors weight_sc
                    row(call, *to, "in_shift", in_shift[i], ks[i]),
                    w.scale,
                    w.group_shift,
-                   w.bias};
+                   w.bias,
+                   w.scale || w.group_shift || w.bias};
     to->tensors.push_back(weight[i]);
     for (const OptionalTensor* tensor : {&weight_scale[i], &group_shift[i], &bias[i]}) {
       if (*tensor) to->tensors.push_back(**tensor);

@@ -1,9 +1,10 @@
 // Attention of the new token by the blocks of decode_token.cu, one head or a part of its slots each: rotary embedding,
-// cache and softmax as in decode_attention.cu, parts of a head meeting in memory.
+// cache and softmax as in decode_attention.cu. Blocks of a head send each other their parts, and each of them combines
+// some columns.
 #pragma once
 
 #include "attention_row.cuh"
-#include "token_product.cuh"
+#include "token_copies.cuh"
 
 namespace bitinfer::cuda {
 
@@ -11,68 +12,81 @@ constexpr int kMaxSplits = 8, kUnroll = 4;  // slots that a lane has under way
 
 constexpr int part_size(int dim) { return dim + 4; }  // floats: sum of p * v, largest score, sum of p
 
-__device__ __forceinline__ uint32_t add(uint32_t* to, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
-  return before;
+// A float on its way to the other blocks of a head, with a tag above it.
+__device__ __forceinline__ void send_part(uint64_t* to, float value, uint32_t tag) {
+  const uint64_t word = static_cast<uint64_t>(tag) << 32 | __float_as_uint(value);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
 
-// What a block attends to: its head, and its slots before the new one.
-struct AttentionShare {
-  int head, rank, splits, slot, begin, end;
-};
+__device__ __forceinline__ uint64_t poll_part(const uint64_t* from) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  return word;
+}
 
-// Old keys and values are loaded, then wait() is for q, k and v. Reads and writes [heads, kDim] rows; `query` is shared
-// memory for it, the new key and the parts of all warps.
-template <typename T, int kDim, class Wait>
+// The numbers of a row that a lane of a warp has, l, l + 32, ...
+template <typename T, int kDim>
+__device__ __forceinline__ void receive_lanes(Row<T, kDim>& row, const uint32_t* from, int lane, uint32_t tag) {
+  uint32_t words[kDim / 32], wrong;
+  do {
+    wrong = 0;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(words[i]) : "l"(from + lane + 32 * i) : "memory");
+      wrong |= words[i] ^ tag;
+    }
+  } while (wrong >> 16 != 0);
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    const auto bits = static_cast<unsigned short>(words[i]);
+    row.x[i] = to_float(reinterpret_cast<const T&>(bits));
+  }
+}
+
+// Eight floats at a multiple of 16 bytes.
+__device__ __forceinline__ void load_floats(const float* from, float (&to)[kOctet]) {
+#pragma unroll
+  for (int i = 0; i < kOctet; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+
+// Receives q, k and v and sends what it attends to, all of them [heads, kDim]. Keys and values of the first slots are
+// in shared memory, `there` of them; `query` is shared memory for it, the new key and the parts of all warps.
+template <typename T, int kDim>
 __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l, const AttentionShare& share,
-                                       const T* q, const T* k, const T* v, T* attended, T* keys, T* values,
-                                       float* query, float* parts_of_heads, uint32_t* heads_done, const Wait& wait) {
+                                       const uint32_t* q, const uint32_t* k, const uint32_t* v, uint32_t* attended,
+                                       T* keys, T* values, const T* keys_there, const T* values_there, int there,
+                                       float* query, uint64_t* parts_of_heads, uint32_t tag) {
   constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kStep = kWarps * kSlotsOfLoad;
   constexpr int kColumns = kDim / 32, kPart = part_size(kDim);
-  __shared__ bool is_last_part;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int head = share.head, rank = share.rank, splits = share.splits, begin = share.begin, end = share.end;
-  const bool attends = head < p.shape.heads;
+  if (head >= p.shape.heads) return;
   const int column = lane % kLanes * kOctet, lane_slot = warp * kSlotsOfLoad + lane / kLanes;
-  uint4 k_raw[kUnroll], v_raw[kUnroll];
-  const auto load_slots = [&](int at) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = at + u * kStep + lane_slot;
-      k_raw[u] = v_raw[u] = make_uint4(0, 0, 0, 0);
-      if (attends && i < end) {
-        k_raw[u] = load_quad(keys + static_cast<int64_t>(i) * kDim + column);
-        v_raw[u] = load_quad(values + static_cast<int64_t>(i) * kDim + column);
-      }
-    }
-  };
   float *const new_key = query + kDim, *const parts = new_key + kDim;
   float cos[kColumns], sin[kColumns], weight[kColumns];
   const void* const norm = warp == 0 ? l.q_norm : l.k_norm;
-  if (attends) {
-    load_slots(begin);
-    if (warp < 2) {
+  if (warp < 2) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int64_t at = static_cast<int64_t>(share.slot) * kDim + lane + 32 * i;
-        cos[i] = load_number(static_cast<const T*>(p.cos) + at);
-        sin[i] = load_number(static_cast<const T*>(p.sin) + at);
-        weight[i] = norm != nullptr ? load_number(static_cast<const T*>(norm) + lane + 32 * i) : 1;
-      }
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t at = static_cast<int64_t>(share.slot) * kDim + lane + 32 * i;
+      cos[i] = load_number(static_cast<const T*>(p.cos) + at);
+      sin[i] = load_number(static_cast<const T*>(p.sin) + at);
+      weight[i] = norm != nullptr ? load_number(static_cast<const T*>(norm) + lane + 32 * i) : 1;
     }
   }
-  wait();
-  if (!attends) return;
-  const bool has_new = rank == 0 && warp == 0 && lane < kLanes;
-  uint4 new_value = make_uint4(0, 0, 0, 0);
+  const bool has_new = rank == 0 && warp == 2 && lane < kLanes;
+  uint4 new_value[1] = {};
   if (has_new) {
-    new_value = load_quad(v + head * kDim + column);
-    *reinterpret_cast<uint4*>(values + static_cast<int64_t>(share.slot) * kDim + column) = new_value;
+    const int columns[1] = {column};
+    receive(v + head * kDim, columns, kDim, tag, new_value);
+    *reinterpret_cast<uint4*>(values + static_cast<int64_t>(share.slot) * kDim + column) = new_value[0];
   }
   if (warp < 2) {
     Row<T, kDim> row;
-    row.load((warp == 0 ? q : k) + head * kDim, lane);
+    receive_lanes(row, (warp == 0 ? q : k) + head * kDim, lane, tag);
     if (norm != nullptr) row.normalise(weight, warp == 0 ? l.q_eps : l.k_eps);
     row.rotate(cos, sin);
 #pragma unroll
@@ -82,34 +96,47 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
       if (warp == 1 && rank == 0) keys[static_cast<int64_t>(share.slot) * kDim + at] = from_float<T>(row.x[i]);
     }
   }
-  __syncthreads();
+  sync_threads();
   // every lane starts from the new slot's score as the largest; one set of lanes counts that slot
-  float at_query[kOctet], sum[kOctet], largest = 0, total = has_new ? 1 : 0;
-  unpack<T>(new_value, sum);
+  float at_query[kOctet], at_key[kOctet], sum[kOctet], largest = 0, total = has_new ? 1 : 0;
+  unpack<T>(new_value[0], sum);
+  load_floats(query + column, at_query);
+  load_floats(new_key + column, at_key);
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) {
-    at_query[j] = query[column + j];
-    largest += at_query[j] * new_key[column + j];
-  }
+  for (int j = 0; j < kOctet; ++j) largest += at_query[j] * at_key[j];
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     largest += __shfl_xor_sync(kAllLanes, largest, distance);
   }
   for (int at = begin; at < end; at += kUnroll * kStep) {
-    if (at != begin) load_slots(at);
+    const auto used = [&](int u) { return at + u * kStep < end; };  // the same for all threads
+    uint4 k_raw[kUnroll], v_raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = at + u * kStep + lane_slot, from = i - begin;
+      k_raw[u] = v_raw[u] = make_uint4(0, 0, 0, 0);
+      if (i >= end) continue;
+      const int64_t in_memory = static_cast<int64_t>(i) * kDim;
+      k_raw[u] = *reinterpret_cast<const uint4*>((from < there ? keys_there + from * kDim : keys + in_memory) + column);
+      v_raw[u] =
+          *reinterpret_cast<const uint4*>((from < there ? values_there + from * kDim : values + in_memory) + column);
+    }
     float score[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
+      score[u] = 0;
+      if (!used(u)) continue;
       float key[kOctet];
       unpack<T>(k_raw[u], key);
-      score[u] = 0;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) score[u] += at_query[j] * key[j];
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) score[u] += __shfl_xor_sync(kAllLanes, score[u], distance);
+      for (int u = 0; u < kUnroll; ++u) {
+        if (used(u)) score[u] += __shfl_xor_sync(kAllLanes, score[u], distance);
+      }
     }
     float highest = largest;
 #pragma unroll
@@ -124,6 +151,7 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     for (int j = 0; j < kOctet; ++j) sum[j] *= shrink;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
+      if (!used(u)) continue;
       const float weight_of_slot = exp2_fast(score[u] - highest);
       total += weight_of_slot;
       float value[kOctet];
@@ -155,17 +183,11 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     part[kDim] = largest;
     part[kDim + 1] = total;
   }
-  __syncthreads();
-  // of up to kCount parts, what thread i makes of column i
-  const auto combine = [&]<int kCount>(int count, auto part_at, float& all, float& most, float& counted) {
-    float largest_of[kCount], total_of[kCount], sum_of[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const bool there = i < count;
-      largest_of[i] = there ? part_at(i, kDim) : -INFINITY;
-      total_of[i] = there ? part_at(i, kDim + 1) : 0;
-      sum_of[i] = there ? part_at(i, thread) : 0;
-    }
+  sync_threads();
+  // of up to kCount parts, each [sum of a column, largest, total], the same of them all
+  const auto combine = [](const auto& sums, const auto& largest_of, const auto& totals, float& all, float& most,
+                          float& counted) {
+    constexpr int kCount = static_cast<int>(sizeof sums / sizeof sums[0]);
     most = largest_of[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) most = fmaxf(most, largest_of[i]);
@@ -173,36 +195,53 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float shrink = exp2_fast(largest_of[i] - most);
-      counted += shrink * total_of[i];
-      all += shrink * sum_of[i];
+      counted += shrink * totals[i];
+      all += shrink * sums[i];
     }
   };
   float all = 0, most = 0, counted = 1;
   if (thread < kDim) {
-    const auto of_warp = [&](int i, int at) { return parts[i * kPart + at]; };
-    combine.template operator()<kWarps>(kWarps, of_warp, all, most, counted);
+    float sums[kWarps], largest_of[kWarps], totals[kWarps];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      const float* const of_warp = parts + i * kPart;
+      sums[i] = of_warp[thread], largest_of[i] = of_warp[kDim], totals[i] = of_warp[kDim + 1];
+    }
+    combine(sums, largest_of, totals, all, most, counted);
   }
-  if (splits > 1) {
-    float* const of_head = parts_of_heads + static_cast<int64_t>(head) * splits * kPart;
-    if (thread < kDim) {
-      of_head[rank * kPart + thread] = all;
-      if (thread == 0) {
-        of_head[rank * kPart + kDim] = most;
-        of_head[rank * kPart + kDim + 1] = counted;
-      }
-    }
-    __syncthreads();
-    if (thread == 0) {
-      is_last_part = add(heads_done + head, 1) % splits == static_cast<unsigned>(splits - 1);
-    }
-    __syncthreads();
-    if (!is_last_part) return;
-    if (thread < kDim) {
-      const auto of_block = [&](int i, int at) { return __ldcg(of_head + i * kPart + at); };
-      combine.template operator()<kMaxSplits>(splits, of_block, all, most, counted);
-    }
+  if (splits == 1) {
+    if (thread < kDim) send<T>(attended + head * kDim + thread, __fdiv_rn(all, counted), tag);
+    return;
   }
-  if (thread < kDim) attended[head * kDim + thread] = from_float<T>(__fdiv_rn(all, counted));
+  uint64_t* const of_head = parts_of_heads + static_cast<int64_t>(head) * splits * kPart;
+  if (thread < kDim) {
+    send_part(of_head + rank * kPart + thread, all, tag);
+    if (thread == 0) send_part(of_head + rank * kPart + kDim, most, tag);
+    if (thread == 1) send_part(of_head + rank * kPart + kDim + 1, counted, tag);
+  }
+  if (thread >= kDim / splits) return;
+  const int combined = rank * (kDim / splits) + thread;
+  float sums[kMaxSplits], largest_of[kMaxSplits], totals[kMaxSplits];
+  bool complete;
+  do {
+    complete = true;
+    const auto poll = [&](const uint64_t* from) {
+      const uint64_t word = poll_part(from);
+      complete = complete && static_cast<uint32_t>(word >> 32) == tag;
+      return __uint_as_float(static_cast<uint32_t>(word));
+    };
+#pragma unroll
+    for (int i = 0; i < kMaxSplits; ++i) {  // all under way at once: those that are not there repeat the last
+      const uint64_t* const of_block = of_head + min(i, splits - 1) * kPart;
+      sums[i] = poll(of_block + combined), largest_of[i] = poll(of_block + kDim), totals[i] = poll(of_block + kDim + 1);
+    }
+  } while (!complete);
+#pragma unroll
+  for (int i = 1; i < kMaxSplits; ++i) {
+    if (i >= splits) largest_of[i] = -INFINITY;
+  }
+  combine(sums, largest_of, totals, all, most, counted);
+  send<T>(attended + head * kDim + combined, __fdiv_rn(all, counted), tag);
 }
 
 }  // namespace bitinfer::cuda

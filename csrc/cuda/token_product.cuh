@@ -1,6 +1,8 @@
-// The products of one token by a block of decode_token.cu: the token's norm, its integers and their planes, and rows of
-// weights in shared memory times these.
+// The products of one token by a block of decode_token.cu: the token as other blocks send it, its norm, its integers
+// and their planes, and rows of weights in shared memory times these.
 #pragma once
+
+#include <type_traits>
 
 #include "decode_token.h"
 #include "gemm_decode.cuh"
@@ -10,6 +12,7 @@ namespace bitinfer::cuda {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kChunkColumns = 32 * kChunkWords, kPlaneBytes = kChunkColumns;  // of the eight planes of a chunk
+constexpr int kPairs = kKWarps / 2, kPairColumns = 2 * kChunkColumns;         // of chunks, four warps each
 
 // Tiles of a block.
 struct Share {
@@ -22,14 +25,40 @@ struct Share {
   }
 };
 
+// What a block attends to: its head, and its slots before the new one.
+struct AttentionShare {
+  int head, rank, splits, slot, begin, end;
+};
+
+// What a block knows for all layers, in shared memory, since registers are few.
+struct Common {
+  uint32_t *q, *k, *v, *attended, *o, *m, *down;  // activations between stages
+  uint32_t* projected;                            // q, k or v: no block has some of two
+  uint32_t layers;                                // done by earlier launches
+  int projection;
+  Share qkv, out, gate, of_down;
+  AttentionShare attention;
+};
+
+// The thread, as if it could have changed: what is derived from it shall be computed again for each stage, not kept for
+// all layers in registers that there are not.
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// A barrier of the threads that compute.
+__device__ __forceinline__ void sync_threads() { named_barrier(1, kThreads); }
+
 struct Scratch {
-  float squares[kWarps];
+  alignas(16) float squares[kWarps];
   uint32_t largest[2][kWarps];
+  float act_scale[2];
   alignas(16) int sum[2][kWarps];
   alignas(16) float shift[2][kWarps];
 };
 
-// The bits of a number, converted where it is used: that waits for memory.
 __device__ __forceinline__ uint32_t load_bits(const Floats& row, int i) {
   uint32_t bits;
   if (row.dtype == Dtype::kFloat32) {
@@ -49,22 +78,83 @@ __device__ __forceinline__ float to_number(const Floats& row, uint32_t bits, flo
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// What a thread needs for the output of a row.
+// What a thread needs for the output of a row: loaded, and settled before the token comes.
 struct Place {
-  uint32_t scale, shift, bias;
+  float scale, shift, bias;
+  bool scales, shifts;
 
   __device__ __forceinline__ void load(const TokenMatrix& m, int row, bool valid) {
-    scale = shift = bias = 0;
-    if (!valid) return;
-    if (m.scale) scale = load_bits(m.scale, row);
-    if (m.group_shift) shift = load_bits(m.group_shift, row);
-    if (m.bias) bias = load_bits(m.bias, row);
+    scale = 1;
+    shift = bias = 0;
+    scales = static_cast<bool>(m.scale);
+    shifts = static_cast<bool>(m.group_shift);
+    if (!m.has_rows) return;
+    const auto number = [&](const Floats& of, float absent) {
+      return valid && of ? to_number(of, load_bits(of, row), absent) : absent;
+    };
+    scale = number(m.scale, 1);
+    shift = number(m.group_shift, 0);
+    bias = number(m.bias, 0);
   }
 };
 
+// ---- What blocks send one another: words of a 16-bit number and above it a tag, which is another for each layer and
+// launch. Who reads polls the numbers themselves until they have the tag: one trip to L2 and one from it, where a flag
+// would take a fence, its own trip, and the numbers after it. A vector has one place for all layers: whoever reads it
+// goes on to send what the next layer's senders of this vector wait for.
+template <typename T>
+__device__ __forceinline__ void send(uint32_t* to, float value, uint32_t tag) {
+  const T number = from_float<T>(value);
+  const uint32_t word = tag | reinterpret_cast<const unsigned short&>(number);
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ uint4 poll_quad(const uint32_t* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+// Bits at 16 and above that are set where one of four words has another tag.
+__device__ __forceinline__ uint32_t wrong_tags(const uint4& words, uint32_t tag) {
+  return (words.x ^ tag) | (words.y ^ tag) | (words.z ^ tag) | (words.w ^ tag);
+}
+
+// Octets at some columns of a vector; those from column k on are zeros.
+template <int kCount>
+__device__ __forceinline__ void receive(const uint32_t* row, const int (&columns)[kCount], int k, uint32_t tag,
+                                        uint4 (&to)[kCount]) {
+  uint4 low[kCount], high[kCount];
+  uint32_t wrong;
+  do {
+    wrong = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      low[i] = high[i] = make_uint4(tag, tag, tag, tag);
+      if (columns[i] < k) {
+        low[i] = poll_quad(row + columns[i]);
+        high[i] = poll_quad(row + columns[i] + kOctet / 2);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) wrong |= wrong_tags(low[i], tag) | wrong_tags(high[i], tag);
+  } while (wrong >> 16 != 0);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    to[i] = make_uint4(__byte_perm(low[i].x, low[i].y, 0x5410), __byte_perm(low[i].z, low[i].w, 0x5410),
+                       __byte_perm(high[i].x, high[i].y, 0x5410), __byte_perm(high[i].z, high[i].w, 0x5410));
+  }
+}
+
+// Whether the warp's chunks are part of a row of k; where not, it only comes to the barriers.
+__device__ __forceinline__ bool has_columns(int k) { return thread_index() / 128 * kPairColumns < k; }
+
 // The columns of a lane in round r: half of a chunk's octets belong to each of two warps.
 __device__ __forceinline__ int column_of(int round) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   return (warp / 2 + round * kKWarps) * kChunkColumns + (warp % 2 * 32 + lane) * kOctet;
 }
 
@@ -78,51 +168,63 @@ __device__ __forceinline__ void load_row(const void* row, int k, uint4 (&to)[kRo
   }
 }
 
-// Bytes of a share of a matrix, which lie together in memory, and in shared memory too: rows without padding cost some
-// bank conflicts, but a copy of its own for each would cost the copy engine more.
-__device__ __forceinline__ uint32_t share_bytes(int n, int k, Share share) {
-  const int rows = min(share.count * kTileRows, n - share.first * kTileRows);
-  return static_cast<uint32_t>(max(rows, 0) * (k / 8));
+template <int kRounds>
+__device__ __forceinline__ void receive_row(const uint32_t* row, int k, uint32_t tag, uint4 (&to)[kRounds]) {
+  int columns[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) columns[r] = column_of(r);
+  receive(row, columns, k, tag, to);
 }
 
-// Has the copy engine bring a share; `barrier` gets the bytes.
-__device__ __forceinline__ void copy_share(uint32_t to, const TokenMatrix& m, int n, int k, Share share,
-                                           uint32_t barrier) {
-  const uint32_t bytes = share_bytes(n, k, share);
-  if (bytes == 0) return;
-  const auto* const from = reinterpret_cast<const unsigned char*>(m.signs) + int64_t{share.first} * kTileRows * (k / 8);
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
+// a + b and a * b of eight numbers, each rounded to T: what rounding the float32 results would give.
+template <typename T, class Op>
+__device__ __forceinline__ uint4 each_pair(const uint4& a, const uint4& b, const Op& op) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const auto word = [&](uint32_t x, uint32_t y) {
+    const Pair result = op(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+    return reinterpret_cast<const uint32_t&>(result);
+  };
+  return make_uint4(word(a.x, b.x), word(a.y, b.y), word(a.z, b.z), word(a.w, b.w));
 }
 
-// h += added and n = RMSNorm(h) * weight, each step rounded to T.
 template <typename T>
-__device__ __forceinline__ uint4 normalise(uint4& h, const uint4& added, const uint4& weight, int k, float eps,
-                                           Scratch& s) {
-  float z[kOctet], others[kOctet];
-  unpack<T>(h, z);
-  unpack<T>(added, others);
-  float squares = 0;
+__device__ __forceinline__ uint4 add_octets(const uint4& a, const uint4& b) {
+  return each_pair<T>(a, b, [](auto x, auto y) { return __hadd2_rn(x, y); });
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 multiply_octets(const uint4& a, const uint4& b) {
+  return each_pair<T>(a, b, [](auto x, auto y) { return __hmul2_rn(x, y); });
+}
+
+// The sum of what the warps left, for all threads: broadcasts take less than shuffles would.
+template <typename Number>
+__device__ __forceinline__ Number sum_of_warps(const Number (&of_warp)[kWarps]) {
+  Number total[4] = {};
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fadd_rn(z[j], others[j]);
-  h = round_octet(z, T{});
+  for (int i = 0; i < kWarps; ++i) total[i % 4] += of_warp[i];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// RMSNorm(h) * weight, each step rounded to T.
+template <typename T>
+__device__ __forceinline__ uint4 normalise(const uint4& h, const uint4& weight, int k, float eps, Scratch& s) {
+  const bool active = has_columns(k);
+  float z[kOctet], squares = 0;
+  if (active) {
+    unpack<T>(h, z);
 #pragma unroll
-  for (float value : z) squares += value * value;
-  squares = warp_sum(squares);
-  if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = s.squares[threadIdx.x % kWarps];
-#pragma unroll
-  for (int distance = kWarps / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(kAllLanes, squares, distance);
+    for (float value : z) squares += value * value;
+    squares = warp_sum(squares);
+  }
+  if (thread_index() % 32 == 0) s.squares[thread_index() / 32] = squares;
+  sync_threads();
+  if (!active) return make_uint4(0, 0, 0, 0);
+  squares = sum_of_warps(s.squares);
   const float factor = rsqrtf(squares / static_cast<float>(k) + eps);
-  unpack<T>(weight, others);
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fmul_rn(z[j], factor);
-  round_octet(z, T{});
-#pragma unroll
-  for (int j = 0; j < kOctet; ++j) z[j] = __fmul_rn(z[j], others[j]);
-  return round_octet(z, T{});
+  for (float& value : z) value = __fmul_rn(value, factor);
+  return multiply_octets<T>(round_octet(z, T{}), weight);
 }
 
 // The columns' factors of one product.
@@ -131,24 +233,28 @@ struct Factors {
   uint4 scale[kRounds], shift[kRounds];
   bool scales, shifts;
 
+  // before the token comes
   template <typename T>
   __device__ __forceinline__ void load(const TokenMatrix& m, int k) {
     scales = m.in_scale != nullptr;
     shifts = m.in_shift != nullptr;
     load_row<T>(m.in_scale, k, scale);
+    if (kRounds == 1) load_row<T>(m.in_shift, k, shift);
   }
-  // later: registers are few
+  // and after: registers are few
   template <typename T>
-  __device__ __forceinline__ void load_shift(const TokenMatrix& m, int k) {
-    load_row<T>(m.in_shift, k, shift);
+  __device__ __forceinline__ void load_rest(const TokenMatrix& m, int k) {
+    if (kRounds > 1) load_row<T>(m.in_shift, k, shift);
   }
 };
 
-// Quantises the token for each product and leaves its planes [product, round, chunk] in shared memory.
+// Quantises the token for each product, leaves its planes [product, round, chunk] in shared memory, and returns the
+// sums of the integers of a lane.
 template <typename T, int kRounds, int kProducts>
 __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts],
-                                            float highest, uint32_t planes, Scratch& s, float (&act_scale)[kProducts]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+                                            int k, float highest, uint32_t planes, Scratch& s, int (&sums)[kProducts]) {
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const bool active = has_columns(k);
   const auto z_of = [&](int p, int r, float (&z)[kOctet]) {
     unpack<T>(n[r], z);
     if (!factors[p].scales) return;
@@ -160,17 +266,19 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
     float maximum = 0;
+    if (active) {
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float z[kOctet];
-      z_of(p, r, z);
+      for (int r = 0; r < kRounds; ++r) {
+        float z[kOctet];
+        z_of(p, r, z);
 #pragma unroll
-      for (float value : z) maximum = max_magnitude(maximum, value);
+        for (float value : z) maximum = max_magnitude(maximum, value);
+      }
+      maximum = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(maximum)));
     }
-    const uint32_t largest = __reduce_max_sync(kAllLanes, __float_as_uint(maximum));
-    if (lane == 0) s.largest[p][warp] = largest;
+    if (lane == 0) s.largest[p][warp] = __float_as_uint(maximum);
   }
-  __syncthreads();
+  sync_threads();
   // lanes 2h' and 2h' + 1 together have 16 columns, half a word of each plane: the even lane stores planes 0 to 3 of
   // them, the odd one 4 to 7. See popcount's operand in gemm_decode.cu: half h of a chunk is half h % 2 of word h / 2 =
   // 4t + i, a row of eight planes at row 2t + h % 2 of matrix i.
@@ -179,40 +287,53 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
   const uint32_t to = planes + 16 * (8 * matrix + (row ^ 2 * matrix)) + 8 * odd;
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
-    const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
-    const bool bad = largest >= kInfinityBits, zero = bad || __uint_as_float(largest) < kSmallestAbsmax;
-    const float factor = __fdiv_rn(highest, __uint_as_float(largest));
-    act_scale[p] = bad ? __uint_as_float(kNaNBits) : zero ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
-    int sum = 0;
+    sums[p] = 0;
+    if (active) {
+      const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
+      const bool zero = largest >= kInfinityBits || __uint_as_float(largest) < kSmallestAbsmax;
+      const float factor = __fdiv_rn(highest, __uint_as_float(largest));
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float z[kOctet];
-      z_of(p, r, z);
-      uint32_t q[kOctet];
-      // adding 1.5 * 2^23 leaves the integer, rounded half to even, in the low bits
+      for (int r = 0; r < kRounds; ++r) {
+        float z[kOctet];
+        z_of(p, r, z);
+        uint32_t q[kOctet];
+        // adding 1.5 * 2^23 leaves the integer, rounded half to even, in the low bits
 #pragma unroll
-      for (int j = 0; j < kOctet; ++j) q[j] = __float_as_uint(__fadd_rn(__fmul_rn(z[j], factor), 12582912.0f));
-      uint32_t low = zero ? 0 : gather_bytes<0>(q[0], q[1], q[2], q[3]);
-      uint32_t high = zero ? 0 : gather_bytes<0>(q[4], q[5], q[6], q[7]);
-      sum = __dp4a(static_cast<int>(low), 0x01010101, __dp4a(static_cast<int>(high), 0x01010101, sum));
-      transpose_bits(low, high);
-      const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
-      const uint32_t first = odd ? other : low, second = odd ? high : other;
-      asm volatile(
-          "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + ((p * kRounds + r) * kKWarps + warp / 2) * kPlaneBytes),
-          "r"(__byte_perm(first, second, 0x5140)), "r"(__byte_perm(first, second, 0x7362))
-          : "memory");
+        for (int j = 0; j < kOctet; ++j) q[j] = __float_as_uint(__fadd_rn(__fmul_rn(z[j], factor), 12582912.0f));
+        uint32_t low = zero ? 0 : gather_bytes<0>(q[0], q[1], q[2], q[3]);
+        uint32_t high = zero ? 0 : gather_bytes<0>(q[4], q[5], q[6], q[7]);
+        sums[p] = __dp4a(static_cast<int>(low), 0x01010101, __dp4a(static_cast<int>(high), 0x01010101, sums[p]));
+        transpose_bits(low, high);
+        const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
+        const uint32_t first = odd ? other : low, second = odd ? high : other;
+        asm volatile(
+            "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + ((p * kRounds + r) * kKWarps + warp / 2) * kPlaneBytes),
+            "r"(__byte_perm(first, second, 0x5140)), "r"(__byte_perm(first, second, 0x7362))
+            : "memory");
+      }
     }
-    sum = __reduce_add_sync(kAllLanes, sum);
-    if (lane == 0) s.sum[p][warp] = sum;
   }
-  __syncthreads();
+  sync_threads();
 }
 
-// in_shift . n of this warp's columns, for one product.
+// What remains of a product but the weights: the sum of the integers, by how much it is multiplied (NaN where the token
+// has a number that is not finite), and in_shift . n.
 template <typename T, int kRounds>
-__device__ __forceinline__ void add_shift(const uint4 (&n)[kRounds], const Factors<kRounds>& factors, float& of_warp) {
+__device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<kRounds>& factors, int k, float highest,
+                                       int sum, int p, Scratch& s) {
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  if (warp == kWarps - 1) {  // with the least to do
+    const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
+    const float scale = __uint_as_float(largest) < kSmallestAbsmax ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
+    if (lane == 0) s.act_scale[p] = largest >= kInfinityBits ? __uint_as_float(kNaNBits) : scale;
+  }
+  sum = has_columns(k) ? __reduce_add_sync(kAllLanes, sum) : 0;
+  if (lane == 0) s.sum[p][warp] = sum;
   if (!factors.shifts) return;
+  if (!has_columns(k)) {
+    if (lane == 0) s.shift[p][warp] = 0;
+    return;
+  }
   float total[kOctet] = {};
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -229,80 +350,76 @@ __device__ __forceinline__ void add_shift(const uint4 (&n)[kRounds], const Facto
     for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
   }
   const float shift = warp_sum(total[0]);
-  if (threadIdx.x % 32 == 0) of_warp = shift;
+  if (lane == 0) s.shift[p][warp] = shift;
 }
 
-// Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's chunk.
+// Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's pair of
+// chunks.
 template <int kRounds>
 __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int first, int step, uint32_t planes,
                                          int* slot) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, chunk = static_cast<int>(threadIdx.x) / 64;
+  if (first >= tiles || !has_columns(k)) return;
+  const int lane = thread_index() % 32, chunk = thread_index() / 128 * 2;
   const int g = lane / 4, t = lane % 4, pitch = k / 8;
   const int last_chunk = (k - 1) / kChunkColumns;
-  uint4 x[kRounds];
+  // where rows start at the same bank, odd ones load the pair's other chunk first, which is in the other banks
+  const int turned = g % 2 != 0 && pitch % 128 == 0 ? 1 : 0;
+  uint4 x[kRounds][2];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[r].x), "=r"(x[r].y), "=r"(x[r].z), "=r"(x[r].w)
-                 : "r"(planes + (r * kKWarps + chunk) * kPlaneBytes + 16 * (lane ^ lane / 8 * 2))
-                 : "memory");
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x[r][i].x), "=r"(x[r][i].y), "=r"(x[r][i].z), "=r"(x[r][i].w)
+                   : "r"(planes + (r * kKWarps + chunk + i) * kPlaneBytes + 16 * (lane ^ lane / 8 * 2))
+                   : "memory");
+    }
   }
   const uint32_t at_lane = weights + g * pitch + 16 * t;
-  constexpr int kBatch = 2;  // tiles at a time, to have independent work
-  for (int tile0 = first; tile0 < tiles; tile0 += kBatch * step) {
-    int c[kBatch][1][4] = {};
+  for (int tile = first; tile < tiles; tile += step) {
+    int c[2][4] = {};
+    const uint32_t at_tile = at_lane + tile * (kTileRows * pitch);
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      // chunks past the end of a row have planes of zero, whatever weights those meet
-      const int at_chunk = 64 * min(chunk + r * kKWarps, last_chunk);
-      uint4 upper[kBatch], lower[kBatch];
+      uint4 upper[2], lower[2];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const uint32_t at = at_lane + min(tile0 + b * step, tiles - 1) * (kTileRows * pitch) + at_chunk;
-        upper[b] = load_shared(at);
-        lower[b] = load_shared(at + 8 * pitch);
+      for (int i = 0; i < 2; ++i) {
+        // chunks past the end of a row have planes of zero, whatever weights those meet
+        const uint32_t at = at_tile + 64 * min(chunk + (i ^ turned) + r * kKWarps, last_chunk);
+        upper[i] = load_shared(at);
+        lower[i] = load_shared(at + 8 * pitch);
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        multiply_b1_k256(c[b][0], {upper[b].x, lower[b].x, upper[b].y, lower[b].y}, x[r].x, x[r].y);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        multiply_b1_k256(c[b][0], {upper[b].z, lower[b].z, upper[b].w, lower[b].w}, x[r].z, x[r].w);
+      for (int i = 0; i < 2; ++i) {
+        const auto of_chunk = [&](const uint4(&loaded)[2]) {
+          return make_uint4(turned ? loaded[1 - i].x : loaded[i].x, turned ? loaded[1 - i].y : loaded[i].y,
+                            turned ? loaded[1 - i].z : loaded[i].z, turned ? loaded[1 - i].w : loaded[i].w);
+        };
+        const uint4 up = of_chunk(upper), low = of_chunk(lower);
+        multiply_b1_k256(c[i], {up.x, low.x, up.y, low.y}, x[r][i].x, x[r][i].y);
+        multiply_b1_k256(c[i], {up.z, low.z, up.w, low.w}, x[r][i].z, x[r][i].w);
       }
     }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int tile = tile0 + b * step;
-      if (tile >= tiles) break;
-      combine_groups<8, 1>(c[b], g, t, [&](int, int row, int value) { slot[tile * kTileRows + row] = value; });
-    }
+    const int sums[1][4] = {{c[0][0] + c[1][0], c[0][1] + c[1][1], c[0][2] + c[1][2], c[0][3] + c[1][3]}};
+    combine_groups<8, 1>(sums, g, t, [&](int, int row, int value) { slot[tile * kTileRows + row] = value; });
   }
 }
 
 // An output, in the order that popcount_gemm prescribes.
-__device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int p, bool shifts,
-                                           float act_scale, const Place& place, const TokenMatrix& m) {
-  int counted = 0, q_sum = 0;
+__device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int k, int p,
+                                           bool shifts, const Place& place) {
+  int counted = 0;
 #pragma unroll
-  for (int w = 0; w < kKWarps; ++w) counted += slots[w * stride + row];
-  float shift = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps / 4; ++i) {
-    const int4 four = reinterpret_cast<const int4*>(s.sum[p])[i];
-    q_sum += (four.x + four.y) + (four.z + four.w);
-    if (shifts) {
-      const float4 of_warps = reinterpret_cast<const float4*>(s.shift[p])[i];
-      shift += (of_warps.x + of_warps.y) + (of_warps.z + of_warps.w);
-    }
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int of_pair = slots[pair * stride + row];  // all loads at once, used or not
+    counted += pair * kPairColumns < k ? of_pair : 0;
   }
-  const float scale = to_number(m.scale, place.scale, 1);
-  float y = __fmul_rn(__fmul_rn(act_scale, scale), static_cast<float>(q_sum - 2 * counted));
-  if (m.group_shift) {
-    const float of_group = to_number(m.group_shift, place.shift, 0);
-    y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, of_group), static_cast<float>(q_sum)));
-  }
-  return __fadd_rn(__fadd_rn(y, shift), to_number(m.bias, place.bias, 0));
+  const int q_sum = sum_of_warps(s.sum[p]);
+  const float shift = shifts ? sum_of_warps(s.shift[p]) : 0, act_scale = s.act_scale[p];
+  const float scale = place.scales ? __fmul_rn(act_scale, place.scale) : act_scale;
+  float y = __fmul_rn(scale, static_cast<float>(q_sum - 2 * counted));
+  if (place.shifts) y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, place.shift), static_cast<float>(q_sum)));
+  return __fadd_rn(__fadd_rn(y, shift), place.bias);
 }
 
 }  // namespace bitinfer::cuda
