@@ -249,22 +249,26 @@ class _Call:
         if loop is None or loop.key != key:
             loop = decoder.loop = StepLoop(decoder, sampling, batch, logits.shape[1], key)
         loop.begin(logits, self.ids, self.padding, self.pad, self.processors)
-        out = [self.ids]
-        pending: deque[tuple[Tensor, Tensor, Any]] = deque([loop.read()])
+        ends = set() if self.ends is None else set(self.ends.tolist())
+        running = set(range(batch))
+        out: list[Tensor] = []
+        pending = deque([loop.read()])
         made = 1
         while pending:
             while len(pending) <= LAG and prompt + made < self.length:
                 loop.step()
                 pending.append(loop.read())
                 made += 1
-            tokens, finished, landed = pending.popleft()
-            landed()
-            out.append(tokens.to(self.ids.device).unsqueeze(1))
+            tokens = pending.popleft()()
+            out.append(tokens)
             if self.streamer is not None:
                 self.streamer.put(tokens)
-            if bool(finished.all()):
+            if ends:
+                running -= {i for i, token in enumerate(tokens.tolist()) if token in ends}
+            if not running:
                 break
-        return torch.cat(out, 1)
+        # one copy, at the end: each would wait for all steps under way
+        return torch.cat([self.ids, torch.stack(out, 1).to(self.ids.device)], 1)
 
 
 class StepLoop:
@@ -294,6 +298,8 @@ class StepLoop:
         on_nvidia = device.type == "cuda" and hasattr(torch.ops.bitinfer_native, "choose_greedy")
         self.in_one_kernel = on_nvidia and not sampling.sample
         self.replay: Callable[[], None] = _Captured(self._step) if decoder.device.type == "cuda" else self._step
+        self.landings = [_Landing(self.tokens) for _ in range(LAG + 1)] if device.type == "cuda" else []
+        self.reads = 0
 
     def begin(self, logits: Tensor, ids: Tensor, padding: Tensor | None, pad: Tensor | None, processors: Any) -> None:
         """Choose the first tokens from the logits ``[B, V]`` behind the prompts ``ids [B, T]``."""
@@ -344,17 +350,30 @@ class StepLoop:
             self.seen.scatter_(1, tokens.unsqueeze(1), True)
         self.tokens.copy_(tokens)
 
-    def read(self) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """Return the tokens chosen last and what is finished on the host, and what to call before looking at them."""
-        if not self.tokens.is_cuda:
-            return self.tokens.clone(), self.finished.clone(), lambda: None
-        tokens = torch.empty(self.tokens.shape, dtype=torch.long, pin_memory=True)
-        finished = torch.empty(self.finished.shape, dtype=torch.bool, pin_memory=True)
-        tokens.copy_(self.tokens, non_blocking=True)
-        finished.copy_(self.finished, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return tokens, finished, event.synchronize
+    def read(self) -> Callable[[], Tensor]:
+        """Have the tokens chosen last copied to the host, and return what waits for them: LAG + 1 may be under way."""
+        if not self.landings:
+            tokens = self.tokens.clone()
+            return lambda: tokens
+        self.reads += 1
+        return self.landings[self.reads % len(self.landings)].start()
+
+
+class _Landing:
+    """Pinned memory for the tokens of one step, and an event behind their copy; allocating these takes time."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.source, self.event = tokens, torch.cuda.Event()
+        self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+
+    def start(self) -> Callable[[], Tensor]:
+        self.tokens.copy_(self.source, non_blocking=True)
+        self.event.record()
+        return self.wait
+
+    def wait(self) -> Tensor:
+        self.event.synchronize()
+        return self.tokens.clone()
 
 
 class _Captured:

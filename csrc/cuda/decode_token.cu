@@ -33,6 +33,7 @@ namespace bitinfer::cuda {
 namespace {
 
 constexpr int kMaxHidden = kKWarps * kChunkColumns, kMaxInnerRounds = 3;
+constexpr int kFixedShared = 2048;  // bytes of shared memory, about, whose size no model changes
 // Registers move between groups of four warps: the copying one needs few, and the others get what it leaves.
 constexpr int kCopyThreads = 128, kCopyRegisters = 32, kRegisters = 112;
 
@@ -133,14 +134,14 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
     int sums[1];
     factors[0].template load_rest<T>(matrix, columns);
     make_planes<T, kRounds, 1>(n, factors, columns, a.highest, planes, s, sums);
-    add_up<T>(n, factors[0], columns, a.highest, sums[0], 0, s);
+    add_up<T>(n, factors, columns, a.highest, sums, s);
     const int stride = tiles.count * kTileRows;
     multiply<kRounds>(base + weights_at, columns, tiles.count, (thread_index() / 32) % 4, 4, planes,
                       slots + (thread_index() / 128) * stride);
     sync_threads();
     const int row = tiles.first * kTileRows + thread_index();
     if (thread_index() < stride && row < count) {
-      send<T>(y + row, output_of(slots, stride, thread_index(), s, columns, 0, factors[0].shifts, place), tag);
+      send<T>(y + row, output_of(slots, stride, thread_index(), s, columns, 0, place), tag);
     }
   };
   // Barriers between stages keep what the next one loads, and its polls, out of the way of what this one has to send.
@@ -188,10 +189,10 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
     // ---- attention
     if (attends) {
       barriers.wait_for(kCacheCopy, layer);
-      const T* const keys_there = reinterpret_cast<const T*>(shared + plan.down_at);
+      const uint32_t keys_there = base + plan.down_at;
       attend<T, kDim>(p, l, attention, common.q, common.k, common.v, common.attended, keys, values, keys_there,
-                      keys_there + plan.cache_slots * kDim, there, reinterpret_cast<float*>(shared + plan.scratch_at),
-                      a.memory.parts, tag);
+                      keys_there + plan.cache_slots * static_cast<uint32_t>(kDim * sizeof(T)), there,
+                      reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, tag);
     }
     sync_threads();
     barriers.leave(kAttentionStage);
@@ -237,8 +238,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
         const uint4 n[1] = {normalise<T>(h[0], weight[0], hidden, l.post_eps, s)};
         int sums[2];
         make_planes<T, 1, 2>(n, factors, hidden, a.highest, planes, s, sums);
-        add_up<T>(n, factors[0], hidden, a.highest, sums[0], 0, s);
-        add_up<T>(n, factors[1], hidden, a.highest, sums[1], 1, s);
+        add_up<T>(n, factors, hidden, a.highest, sums, s);
         const int which = (thread_index() / 32) % 2;
         multiply<1>(base + (which == 0 ? plan.gate_at : plan.up_at), hidden, gate.count, (thread_index() / 32) % 4 / 2,
                     2, planes + which * kKWarps * kPlaneBytes,
@@ -246,8 +246,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
         sync_threads();
         if (valid) {
           const auto value = [&](int i, const Place& place) {
-            const float y =
-                output_of(slots + i * kPairs * stride, stride, thread_index(), s, hidden, i, factors[i].shifts, place);
+            const float y = output_of(slots + i * kPairs * stride, stride, thread_index(), s, hidden, i, place);
             return to_float(from_float<T>(y));
           };
           const float gated = value(0, gate_place), factor = value(1, up_place);
@@ -323,7 +322,7 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   at += std::max(products, attention);
   plan.down_at = at = (at + 127) / 128 * 128;
   region(plan.down_tiles, shape.inner);
-  plan.shared_bytes = device.shared_bytes - 4096;  // some are for what has a fixed size
+  plan.shared_bytes = device.shared_bytes - kFixedShared;
   if (at > plan.shared_bytes) return {};
   plan.cache_slots = (plan.shared_bytes - plan.down_at) / (4 * shape.dim);
   plan.blocks = blocks;

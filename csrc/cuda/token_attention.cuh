@@ -8,7 +8,7 @@
 
 namespace bitinfer::cuda {
 
-constexpr int kMaxSplits = 8, kUnroll = 4;  // slots that a lane has under way
+constexpr int kMaxSplits = 8;
 
 constexpr int part_size(int dim) { return dim + 4; }  // floats: sum of p * v, largest score, sum of p
 
@@ -52,15 +52,35 @@ __device__ __forceinline__ void load_floats(const float* from, float (&to)[kOcte
   }
 }
 
+// What parts of a softmax make together: of each the sum of a column of values, the largest score and the total weight.
+template <int kCount>
+__device__ __forceinline__ void combine(const float (&sums)[kCount], const float (&largest_of)[kCount],
+                                        const float (&totals)[kCount], float& sum, float& largest, float& total) {
+  // in four chains, since each step waits for the one before
+  float highest[4] = {largest_of[0], largest_of[1], largest_of[2], largest_of[3]}, of_sum[4] = {}, of_total[4] = {};
+#pragma unroll
+  for (int i = 4; i < kCount; ++i) highest[i % 4] = fmaxf(highest[i % 4], largest_of[i]);
+  largest = fmaxf(fmaxf(highest[0], highest[1]), fmaxf(highest[2], highest[3]));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float shrink = exp2_fast(largest_of[i] - largest);
+    of_total[i % 4] += shrink * totals[i];
+    of_sum[i % 4] += shrink * sums[i];
+  }
+  total = (of_total[0] + of_total[1]) + (of_total[2] + of_total[3]);
+  sum = (of_sum[0] + of_sum[1]) + (of_sum[2] + of_sum[3]);
+}
+
 // Receives q, k and v and sends what it attends to, all of them [heads, kDim]. Keys and values of the first slots are
 // in shared memory, `there` of them; `query` is shared memory for it, the new key and the parts of all warps.
 template <typename T, int kDim>
 __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l, const AttentionShare& share,
                                        const uint32_t* q, const uint32_t* k, const uint32_t* v, uint32_t* attended,
-                                       T* keys, T* values, const T* keys_there, const T* values_there, int there,
+                                       T* keys, T* values, uint32_t keys_there, uint32_t values_there, int there,
                                        float* query, uint64_t* parts_of_heads, uint32_t tag) {
   constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kStep = kWarps * kSlotsOfLoad;
   constexpr int kColumns = kDim / 32, kPart = part_size(kDim);
+  constexpr int kUnroll = kDim / 32;  // slots that a lane has under way
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int head = share.head, rank = share.rank, splits = share.splits, begin = share.begin, end = share.end;
   if (head >= p.shape.heads) return;
@@ -108,40 +128,25 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     largest += __shfl_xor_sync(kAllLanes, largest, distance);
   }
-  for (int at = begin; at < end; at += kUnroll * kStep) {
-    const auto used = [&](int u) { return at + u * kStep < end; };  // the same for all threads
-    uint4 k_raw[kUnroll], v_raw[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = at + u * kStep + lane_slot, from = i - begin;
-      k_raw[u] = v_raw[u] = make_uint4(0, 0, 0, 0);
-      if (i >= end) continue;
-      const int64_t in_memory = static_cast<int64_t>(i) * kDim;
-      k_raw[u] = *reinterpret_cast<const uint4*>((from < there ? keys_there + from * kDim : keys + in_memory) + column);
-      v_raw[u] =
-          *reinterpret_cast<const uint4*>((from < there ? values_there + from * kDim : values + in_memory) + column);
-    }
+  const auto take = [&](const uint4(&k_raw)[kUnroll], const uint4(&v_raw)[kUnroll], int left) {
     float score[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      score[u] = 0;
-      if (!used(u)) continue;
       float key[kOctet];
       unpack<T>(k_raw[u], key);
+      score[u] = 0;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) score[u] += at_query[j] * key[j];
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (used(u)) score[u] += __shfl_xor_sync(kAllLanes, score[u], distance);
-      }
+      for (int u = 0; u < kUnroll; ++u) score[u] += __shfl_xor_sync(kAllLanes, score[u], distance);
     }
     float highest = largest;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (at + u * kStep + lane_slot >= end) score[u] = -INFINITY;
+      if (u * kStep >= left) score[u] = -INFINITY;
       highest = fmaxf(highest, score[u]);
     }
     const float shrink = exp2_fast(largest - highest);
@@ -151,7 +156,6 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     for (int j = 0; j < kOctet; ++j) sum[j] *= shrink;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (!used(u)) continue;
       const float weight_of_slot = exp2_fast(score[u] - highest);
       total += weight_of_slot;
       float value[kOctet];
@@ -159,6 +163,26 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) sum[j] += weight_of_slot * value[j];
     }
+  };
+  // loads past the last slot repeat it
+  uint4 k_raw[kUnroll], v_raw[kUnroll];
+  for (int at = 0; at < there; at += kUnroll * kStep) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t offset = (min(at + u * kStep + lane_slot, there - 1) * kDim + column) * sizeof(T);
+      k_raw[u] = load_shared(keys_there + offset);
+      v_raw[u] = load_shared(values_there + offset);
+    }
+    take(k_raw, v_raw, there - at - lane_slot);
+  }
+  for (int at = begin + there; at < end; at += kUnroll * kStep) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t offset = static_cast<int64_t>(min(at + u * kStep + lane_slot, end - 1)) * kDim + column;
+      k_raw[u] = load_quad(keys + offset);
+      v_raw[u] = load_quad(values + offset);
+    }
+    take(k_raw, v_raw, end - at - lane_slot);
   }
   // what the lanes of a warp have, then its warps, then the blocks of the head
 #pragma unroll
@@ -184,21 +208,6 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     part[kDim + 1] = total;
   }
   sync_threads();
-  // of up to kCount parts, each [sum of a column, largest, total], the same of them all
-  const auto combine = [](const auto& sums, const auto& largest_of, const auto& totals, float& all, float& most,
-                          float& counted) {
-    constexpr int kCount = static_cast<int>(sizeof sums / sizeof sums[0]);
-    most = largest_of[0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) most = fmaxf(most, largest_of[i]);
-    all = counted = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float shrink = exp2_fast(largest_of[i] - most);
-      counted += shrink * totals[i];
-      all += shrink * sums[i];
-    }
-  };
   float all = 0, most = 0, counted = 1;
   if (thread < kDim) {
     float sums[kWarps], largest_of[kWarps], totals[kWarps];

@@ -109,18 +109,20 @@ __device__ __forceinline__ void send(uint32_t* to, float value, uint32_t tag) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
 
-__device__ __forceinline__ uint4 poll_quad(const uint32_t* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
 // Bits at 16 and above that are set where one of four words has another tag.
 __device__ __forceinline__ uint32_t wrong_tags(const uint4& words, uint32_t tag) {
   return (words.x ^ tag) | (words.y ^ tag) | (words.z ^ tag) | (words.w ^ tag);
+}
+
+// Two quads, one behind the other, if they are asked for again.
+__device__ __forceinline__ void poll_again(const uint32_t* from, bool again, uint4& low, uint4& high) {
+  asm volatile(
+      "{\n.reg .pred again;\nsetp.ne.u32 again, %8, 0;\n"
+      "@again ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%9];\n"
+      "@again ld.relaxed.gpu.global.v4.u32 {%4, %5, %6, %7}, [%9+16];\n}"
+      : "+r"(low.x), "+r"(low.y), "+r"(low.z), "+r"(low.w), "+r"(high.x), "+r"(high.y), "+r"(high.z), "+r"(high.w)
+      : "r"(static_cast<uint32_t>(again)), "l"(from)
+      : "memory");
 }
 
 // Octets at some columns of a vector; those from column k on are zeros.
@@ -128,20 +130,22 @@ template <int kCount>
 __device__ __forceinline__ void receive(const uint32_t* row, const int (&columns)[kCount], int k, uint32_t tag,
                                         uint4 (&to)[kCount]) {
   uint4 low[kCount], high[kCount];
-  uint32_t wrong;
+  bool missing[kCount], any;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    low[i] = high[i] = make_uint4(tag, tag, tag, tag);
+    missing[i] = columns[i] < k;
+  }
   do {
-    wrong = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) poll_again(row + columns[i], missing[i], low[i], high[i]);
+    any = false;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      low[i] = high[i] = make_uint4(tag, tag, tag, tag);
-      if (columns[i] < k) {
-        low[i] = poll_quad(row + columns[i]);
-        high[i] = poll_quad(row + columns[i] + kOctet / 2);
-      }
+      missing[i] = (wrong_tags(low[i], tag) | wrong_tags(high[i], tag)) >> 16 != 0;
+      any = any || missing[i];
     }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) wrong |= wrong_tags(low[i], tag) | wrong_tags(high[i], tag);
-  } while (wrong >> 16 != 0);
+  } while (any);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     to[i] = make_uint4(__byte_perm(low[i].x, low[i].y, 0x5410), __byte_perm(low[i].z, low[i].w, 0x5410),
@@ -316,41 +320,56 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
   sync_threads();
 }
 
-// What remains of a product but the weights: the sum of the integers, by how much it is multiplied (NaN where the token
-// has a number that is not finite), and in_shift . n.
-template <typename T, int kRounds>
-__device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<kRounds>& factors, int k, float highest,
-                                       int sum, int p, Scratch& s) {
+// What remains of each product but the weights: the sum of the integers, by how much it is multiplied (NaN where the
+// token has a number that is not finite), and in_shift . n.
+template <typename T, int kRounds, int kProducts>
+__device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts], int k,
+                                       float highest, int (&sums)[kProducts], Scratch& s) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  if (warp == kWarps - 1) {  // with the least to do
+  const bool active = has_columns(k);
+  float shift[kProducts] = {};
+  if (active) {
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) {
+      sums[p] = __reduce_add_sync(kAllLanes, sums[p]);
+      if (!factors[p].shifts) continue;
+      float total[kOctet] = {};
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        // products of 16-bit numbers are exact in float32
+        float values[kOctet], of_columns[kOctet];
+        unpack<T>(n[r], values);
+        unpack<T>(factors[p].shift[r], of_columns);
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) total[j] = fmaf(values[j], of_columns[j], total[j]);
+      }
+#pragma unroll
+      for (int distance = kOctet / 2; distance > 0; distance /= 2) {
+#pragma unroll
+        for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
+      }
+      shift[p] = total[0];
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int p = 0; p < kProducts; ++p) shift[p] += __shfl_xor_sync(kAllLanes, shift[p], distance);
+    }
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) {
+      s.sum[p][warp] = sums[p];  // zero where a warp has no columns
+      s.shift[p][warp] = shift[p];
+    }
+  }
+  if (warp != kWarps - 1) return;  // the one with the least to do
+#pragma unroll
+  for (int p = 0; p < kProducts; ++p) {
     const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
     const float scale = __uint_as_float(largest) < kSmallestAbsmax ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
     if (lane == 0) s.act_scale[p] = largest >= kInfinityBits ? __uint_as_float(kNaNBits) : scale;
   }
-  sum = has_columns(k) ? __reduce_add_sync(kAllLanes, sum) : 0;
-  if (lane == 0) s.sum[p][warp] = sum;
-  if (!factors.shifts) return;
-  if (!has_columns(k)) {
-    if (lane == 0) s.shift[p][warp] = 0;
-    return;
-  }
-  float total[kOctet] = {};
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    // products of 16-bit numbers are exact in float32
-    float values[kOctet], shift[kOctet];
-    unpack<T>(n[r], values);
-    unpack<T>(factors.shift[r], shift);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) total[j] = fmaf(values[j], shift[j], total[j]);
-  }
-#pragma unroll
-  for (int distance = kOctet / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int j = 0; j < distance; ++j) total[j] += total[j + distance];
-  }
-  const float shift = warp_sum(total[0]);
-  if (lane == 0) s.shift[p][warp] = shift;
 }
 
 // Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's pair of
@@ -407,7 +426,7 @@ __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int
 
 // An output, in the order that popcount_gemm prescribes.
 __device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int k, int p,
-                                           bool shifts, const Place& place) {
+                                           const Place& place) {
   int counted = 0;
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
@@ -415,7 +434,7 @@ __device__ __forceinline__ float output_of(const int* slots, int stride, int row
     counted += pair * kPairColumns < k ? of_pair : 0;
   }
   const int q_sum = sum_of_warps(s.sum[p]);
-  const float shift = shifts ? sum_of_warps(s.shift[p]) : 0, act_scale = s.act_scale[p];
+  const float shift = sum_of_warps(s.shift[p]), act_scale = s.act_scale[p];
   const float scale = place.scales ? __fmul_rn(act_scale, place.scale) : act_scale;
   float y = __fmul_rn(scale, static_cast<float>(q_sum - 2 * counted));
   if (place.shifts) y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, place.shift), static_cast<float>(q_sum)));
