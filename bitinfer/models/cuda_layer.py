@@ -6,8 +6,8 @@ packing and product of the output; the same again for gate and up; SiLU, packing
 down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
 torch's attention.
 
-With ``BITINFER_ONE_LAUNCH=1`` one sequence with integer activations goes through all layers in one launch, where
-``csrc/cuda/decode_token.cu`` takes the model.
+One sequence with integer activations goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes
+the model; ``BITINFER_ONE_LAUNCH=0`` leaves it to the kernels.
 """
 
 import os
@@ -23,7 +23,7 @@ from bitinfer.backends.base import Problem
 from bitinfer.dispatch import select
 from bitinfer.models.cache import KVCache, Span
 from bitinfer.models.cpu_layer import linears_of, norms_of, state_of
-from bitinfer.models.layers import DecoderLayer
+from bitinfer.models.layers import DecoderLayer, attend
 from bitinfer.nn import BinaryLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,7 +31,7 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8  # csrc/cuda/decode_attention.h: query heads that share a key
 MAX_HIDDEN = 8192  # csrc/cuda/decoder_rows.h: columns of a norm
 ALIGNED = 8  # columns that a thread loads at a time
-ONE_LAUNCH = os.environ.get("BITINFER_ONE_LAUNCH") == "1"  # slower so far: docs/decoding.md
+ONE_LAUNCH = os.environ.get("BITINFER_ONE_LAUNCH") != "0"
 MANY = 256  # tokens above which packing is faster from memory than behind what comes before it
 
 
@@ -87,8 +87,7 @@ class CudaLayer:
             step.sin,
             step.slot,
             step.padding,
-            *(None if norm is None else norm.weight for norm in (layer.q_norm, layer.k_norm)),
-            *(0.0 if norm is None else norm.variance_epsilon for norm in (layer.q_norm, layer.k_norm)),
+            *_norms(layer),
             layer.scaling,
             True,
         )
@@ -104,12 +103,14 @@ class CudaLayer:
         Args:
             x, residual: ``[B * T, D]``.
             keys, values: of this layer.
-            span: where the tokens go and what they see.
+            span: where the tokens go, which the host knows, and what they see.
         """
         layer, batch = self.layer, keys.shape[0]
-        projected, hidden = _normed(x, residual, layer.input_norm, (layer.q, layer.k, layer.v))
-        q, k, v = (y.unflatten(0, (batch, -1)) for y in projected)
-        attended = layer.attention(q, k, v, keys, values, span).flatten(0, 1)
+        (q, k, v), hidden = _normed(x, residual, layer.input_norm, (layer.q, layer.k, layer.v))
+        torch.ops.bitinfer_native.rotate_cache(q, k, v, keys, values, span.cos, span.sin, span.start, *_norms(layer))
+        queries = q.unflatten(1, (-1, layer.head_dim)).unflatten(0, (batch, -1)).transpose(1, 2)
+        attended = attend(queries, keys[:, :, : span.read], values[:, :, : span.read], span, layer.scaling)
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
         out = _project(attended, layer.o)
         (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
         return _project_gated(gate, up, layer.down), hidden
@@ -229,6 +230,15 @@ def token_model(
 def _shape(layer: Any) -> tuple[int, int, int, int]:
     """Return what token_model_takes wants to know: heads, their size, the inner size, bits."""
     return layer.q.out_features // layer.head_dim, layer.head_dim, layer.down.in_features, layer.down.act_bits
+
+
+def _norms(layer: Any) -> tuple[Any, ...]:
+    """Return the weights of the norms of queries and keys, then their epsilons; None and 0 for none."""
+    norms = (layer.q_norm, layer.k_norm)
+    return (
+        *(None if n is None else n.weight for n in norms),
+        *(0.0 if n is None else n.variance_epsilon for n in norms),
+    )
 
 
 def _takes(layer: Any, cache: KVCache) -> bool:

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
     // ---- attention
     if (attends) {
       barriers.wait_for(kCacheCopy, layer);
-      const uint32_t keys_there = base + plan.down_at;
+      const uint32_t keys_there = base + plan.cache_at;
       attend<T, kDim>(p, l, attention, common.q, common.k, common.v, common.attended, keys, values, keys_there,
                       keys_there + plan.cache_slots * static_cast<uint32_t>(kDim * sizeof(T)), there,
                       reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, tag);
@@ -313,18 +313,18 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   };
   plan.out_at = region(plan.qkv_tiles, shape.hidden);
   plan.gate_at = region(plan.out_tiles, width);
-  plan.up_at = region(plan.gate_tiles, shape.hidden);
   plan.scratch_at = region(plan.gate_tiles, shape.hidden);
   const int rows = kTileRows * std::max({plan.qkv_tiles, plan.out_tiles, 2 * plan.gate_tiles, plan.down_tiles});
   if (rows > kThreads) return {};
   const int products = std::max(2, plan.inner_rounds) * kKWarps * kPlaneBytes + 4 * kPairs * rows;
   const int attention = 4 * (2 * shape.dim + kWarps * part_size(shape.dim));
-  at += std::max(products, attention);
-  plan.down_at = at = (at + 127) / 128 * 128;
+  at += (std::max(products, attention) + 127) / 128 * 128;
+  plan.up_at = plan.cache_at = at;
+  plan.down_at = region(plan.gate_tiles, shape.hidden);
   region(plan.down_tiles, shape.inner);
   plan.shared_bytes = device.shared_bytes - kFixedShared;
   if (at > plan.shared_bytes) return {};
-  plan.cache_slots = (plan.shared_bytes - plan.down_at) / (4 * shape.dim);
+  plan.cache_slots = (plan.shared_bytes - plan.cache_at) / (4 * shape.dim);
   plan.blocks = blocks;
   return plan;
 }

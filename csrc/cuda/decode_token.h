@@ -32,8 +32,8 @@ struct TokenPlan {
   int qkv_tiles = 0, out_tiles = 0, gate_tiles = 0, down_tiles = 0;  // the most of a block
   int splits = 0;                                                    // blocks that share the slots of a head
   int inner_rounds = 0;
-  int out_at = 0, gate_at = 0, up_at = 0, scratch_at = 0, down_at = 0;  // bytes; q, k and v at 0
-  int cache_slots = 0;  // whose keys and values fit in the place of down
+  int out_at = 0, gate_at = 0, scratch_at = 0, up_at = 0, down_at = 0;  // bytes; q, k and v at 0
+  int cache_at = 0, cache_slots = 0;  // keys and values, which have the place of up and down before these come
   int shared_bytes = 0;
 
   explicit operator bool() const { return blocks != 0; }

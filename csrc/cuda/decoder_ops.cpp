@@ -9,6 +9,7 @@
 #include "decode_attention.h"
 #include "decoder_rows.h"
 #include "on_device.h"
+#include "rotate_cache.h"
 #include "sign_gemm_decode.h"
 
 namespace {
@@ -287,6 +288,72 @@ Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values
   return out;
 }
 
+void rotate_cache(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor cos, Tensor sin, int64_t start,
+                  OptionalTensor q_norm, OptionalTensor k_norm, double q_eps, double k_eps) {
+  const OnDevice on("rotate_cache", q);
+  const Call& call = on.call;
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, call.op,
+                  ": q must be float16 or bfloat16");
+  STD_TORCH_CHECK(keys.dim() == 4 && (keys.size(3) == 64 || keys.size(3) == 128), call.op,
+                  ": keys must be [B, kv_heads, capacity, 64 or 128], got ", to_string(sizes_of(keys)));
+  const int64_t batch = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2), dim = keys.size(3);
+  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(0) == 1 || cos.size(0) == batch) && cos.size(2) == dim, call.op,
+                  ": cos must be [B or 1, T, head_dim], got ", to_string(sizes_of(cos)));
+  const int64_t tokens = cos.size(1), m = batch * tokens;
+  STD_TORCH_CHECK(start >= 0 && start + tokens <= capacity && capacity < int64_t{1} << 31 && m < int64_t{1} << 31,
+                  call.op, ": ", tokens, " tokens from slot ", start, " do not fit a cache of ", capacity);
+  STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % dim == 0 && q.size(1) / dim + 2 * kv_heads < 65536, call.op,
+                  ": q must be [B * T, heads * head_dim], got ", to_string(sizes_of(q)));
+  check_shape(call, "values", values, sizes_of(keys));
+  check_shape(call, "sin", sin, sizes_of(cos));
+  for (const auto& [name, tensor] : {std::pair{"keys", &keys}, {"values", &values}, {"cos", &cos}, {"sin", &sin}}) {
+    call.check_device(name, *tensor);
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->is_contiguous() &&
+                        reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
+                    call.op, ": ", name, " must be contiguous, aligned and have the dtype of q");
+  }
+  for (const auto& [name, tensor] : {std::pair{"q_norm", &q_norm}, {"k_norm", &k_norm}}) {
+    STD_TORCH_CHECK(!*tensor || ((*tensor)->scalar_type() == dtype &&
+                                 reinterpret_cast<uintptr_t>((*tensor)->const_data_ptr()) % 16 == 0),
+                    call.op, ": ", name, " must be aligned and have the dtype of q");
+  }
+  const Rows queries = matrix(call, "q", q, m, q.size(1), dtype);
+  const Rows new_keys = matrix(call, "k", k, m, kv_heads * dim, dtype);
+  const Rows new_values = matrix(call, "v", v, m, kv_heads * dim, dtype);
+  for (const Rows* rows : {&queries, &new_keys, &new_values}) {
+    STD_TORCH_CHECK(cuda::takes_rows(rows->data.data, rows->stride, rows->data.dtype, dim), call.op,
+                    ": rows of q, k and v must start at multiples of 16 bytes");
+  }
+  // Rows may have copied what it cannot read in place; what is turned must be the caller's
+  STD_TORCH_CHECK(queries.data.data == q.const_data_ptr(), call.op, ": rows of q must be contiguous");
+  cuda::RotateCache p;
+  p.dtype = queries.data.dtype;
+  p.q = q.mutable_data_ptr();
+  p.k = new_keys.data.data;
+  p.v = new_values.data.data;
+  p.q_stride = queries.stride;
+  p.k_stride = new_keys.stride;
+  p.v_stride = new_values.stride;
+  p.keys = keys.mutable_data_ptr();
+  p.values = values.mutable_data_ptr();
+  p.cos = cos.const_data_ptr();
+  p.sin = sin.const_data_ptr();
+  p.q_norm = floats(call, "q_norm", q_norm, {dim}).data;
+  p.k_norm = floats(call, "k_norm", k_norm, {dim}).data;
+  p.q_eps = static_cast<float>(q_eps);
+  p.k_eps = static_cast<float>(k_eps);
+  p.batch = static_cast<int>(batch);
+  p.tokens = static_cast<int>(tokens);
+  p.heads = static_cast<int>(q.size(1) / dim);
+  p.kv_heads = static_cast<int>(kv_heads);
+  p.dim = static_cast<int>(dim);
+  p.capacity = static_cast<int>(capacity);
+  p.start = static_cast<int>(start);
+  p.shared_angles = cos.size(0) == 1;
+  check(call, cuda::rotate_cache(p, on.launch));
+}
+
 void choose_greedy(Tensor logits, double penalty, OptionalTensor seen, Tensor finished, OptionalTensor ends, Tensor pad,
                    Tensor tokens, OptionalTensor slot) {
   const OnDevice on("choose_greedy", logits);
@@ -355,6 +422,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin,"
       " Tensor slot, Tensor? padding, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps, float scaling,"
       " bool settled) -> Tensor");
+  // Norms q and k of a prompt, if they have norms, turns them to their positions, q in place, and writes k and v to
+  // slots from `start` on; rows are tokens, those of a sequence one behind the other.
+  m.def(
+      "rotate_cache(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) keys, Tensor(c!) values, Tensor cos, Tensor sin,"
+      " int start, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps) -> ()");
   // The likeliest tokens, or `pad` where a sequence has finished; advances slot, and marks ends and what was seen.
   m.def(
       "choose_greedy(Tensor logits, float penalty, Tensor(a!)? seen, Tensor(b!) finished, Tensor? ends, Tensor pad,"
@@ -368,5 +440,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("popcount_gemm_several", TORCH_BOX(&popcount_gemm_several));
   m.impl("sign_gemm_several", TORCH_BOX(&sign_gemm_several));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("rotate_cache", TORCH_BOX(&rotate_cache));
   m.impl("choose_greedy", TORCH_BOX(&choose_greedy));
 }

@@ -3,10 +3,10 @@
 //
 //   left by      comes
 //   q, k, v      q, k or v of the next layer
-//   attention    down: keys and values have its place until then
+//   attention    up and down: keys and values have their place until then
 //   output       output of the next layer
 //   gate, up     gate of the next layer
-//   down         keys and values of the next layer, and its up
+//   down         keys and values of the next layer
 //
 // It copies pieces of a size of which one after the other, each taking some 200 cycles to start, makes 80 % of what
 // memory gives. Larger ones would make all of it, and keep what the other warps load waiting in line for thousands of
@@ -63,7 +63,6 @@ struct Copies {
       cache(0);
       out(0);
       gate(0);
-      up(0);
     }
     for (int layer = 0; layer < p.layer_count; ++layer) {
       const int next = layer + 1;
@@ -72,6 +71,7 @@ struct Copies {
       wait_until_left(kQkvStage, layer);
       qkv(next);
       wait_until_left(kAttentionStage, layer);
+      up(layer);
       down(layer);
       wait_until_left(kOutStage, layer);
       out(next);
@@ -79,7 +79,6 @@ struct Copies {
       gate(next);
       wait_until_left(kDownStage, layer);
       cache(next);
-      up(next);
     }
   }
 
@@ -132,8 +131,8 @@ struct Copies {
     const uint32_t bytes = slots_there(share, plan) * (kDim * sizeof(T));
     const int64_t at = ((static_cast<int64_t>(layer) * p.shape.heads + share.head) * p.capacity + share.begin) * kDim;
     announce(kCacheCopy, 2 * bytes);
-    copy(plan.down_at, static_cast<const T*>(p.keys) + at, bytes, kCacheCopy);
-    copy(plan.down_at + plan.cache_slots * static_cast<int>(kDim * sizeof(T)), static_cast<const T*>(p.values) + at,
+    copy(plan.cache_at, static_cast<const T*>(p.keys) + at, bytes, kCacheCopy);
+    copy(plan.cache_at + plan.cache_slots * static_cast<int>(kDim * sizeof(T)), static_cast<const T*>(p.values) + at,
          bytes, kCacheCopy);
   }
 

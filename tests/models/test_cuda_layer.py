@@ -17,7 +17,7 @@ from bitinfer.backends.reference import unpack_activations
 from bitinfer.models import Decoder, cuda_layer, fuse
 from bitinfer.models import generation as loop
 from bitinfer.models.cache import Span
-from bitinfer.models.layers import rotate
+from bitinfer.models.layers import rotate, write
 from bitinfer.testing.problems import FBI, GROUPS, ONEBIT, PLAIN, ROW
 
 require_cuda()
@@ -163,6 +163,38 @@ def test_attention_with_large_scores() -> None:
         chosen = keys[0, 0, : slot + 1, 0] == 8
         expected = values[0, 0, : slot + 1][chosen].double().mean(0)
         torch.testing.assert_close(out[0].double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (5, 5), (12, 4), (33, 11)])
+@pytest.mark.parametrize(("batch", "tokens", "start"), [(1, 1, 0), (1, 77, 0), (3, 20, 40), (2, 1, 99)])
+def test_prompts_turned_and_cached(
+    batch: int, tokens: int, start: int, heads: int, kv_heads: int, dim: int, normed: bool, dtype: torch.dtype
+) -> None:
+    """To the bit what torch makes of them; with norms, whose sums may be of another order, to one rounding."""
+    m, capacity = batch * tokens, start + tokens + 3
+    q, k, v = (normal(m, n * dim, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.cat((x, x), 1)[:, : x.shape[1]] if heads == 5 else x for x in (q, k, v))  # rows with a stride
+    q_norm, k_norm = (normal(dim, dtype=dtype) if normed else None for _ in range(2))
+    of_sequence = batch if tokens == 20 else 1
+    positions = torch.arange(start, start + tokens, device="cuda") - torch.arange(of_sequence, device="cuda")[:, None]
+    cos, sin = (table[positions.clamp_min(0)] for table in tables(capacity, dim, dtype))
+    span = Span(torch.arange(start, start + tokens, device="cuda"), start + tokens, None, True, cos, sin, start)
+
+    def heads_of(x: Tensor, norm: Tensor | None) -> Tensor:
+        x = x.unflatten(1, (-1, dim)).unflatten(0, (batch, tokens))
+        return x if norm is None else rms_norm(x, norm)
+
+    expected = rotate(heads_of(q, q_norm), span).flatten(0, 1).flatten(1)
+    caches = [torch.full((batch, kv_heads, capacity, dim), float("nan"), dtype=dtype, device="cuda") for _ in range(4)]
+    write(caches[0], rotate(heads_of(k, k_norm), span), span)
+    write(caches[1], heads_of(v, None), span)
+    native.rotate_cache(q, k, v, *caches[2:], cos, sin, start, q_norm, k_norm, EPS, EPS)
+    tolerance = 2 * torch.finfo(dtype).eps if normed else 0.0
+    for ours, theirs in ((q, expected), (caches[2], caches[0]), (caches[3], caches[1])):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
 
 
 def test_attention_refuses_what_it_cannot_do() -> None:
