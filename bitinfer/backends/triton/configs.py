@@ -169,7 +169,8 @@ def fit(config: Config, product: Product, device: Device) -> Config:
     if product.segment:
         columns = min(columns, product.segment & -product.segment)  # a step stays inside a segment
     tokens = config.tokens
-    if product.planes > 1 or product.segment:  # two sets of accumulators: the product's and a plane's or a segment's
+    # two sets of accumulators: the product's, and a plane's, a segment's or, in float32, a step's
+    if product.planes > 1 or product.segment or product.parts == 3:
         sums = SEGMENTED_SUMS if product.segment else PLANED_SUMS
         while tokens > SMALLEST_DOT and config.rows * tokens > sums * config.warps * device.lanes:
             tokens //= 2

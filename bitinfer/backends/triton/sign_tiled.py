@@ -6,7 +6,8 @@ A program computes ``BLOCK_N`` rows by ``BLOCK_M`` tokens, transposed, so that t
 shared memory. 16-bit activations are an operand as they are, multiplied by +-1, or by +-in_scale of the same dtype:
 either is exact. Otherwise ``z`` comes as a sum of bfloat16 parts, two for 16-bit activations and three for float32: 16
 and 24 bits of it, since rounding it to one 16-bit number would cost as much accuracy as a dense layer loses in all. The
-matrix units are the bound, once for each part.
+matrix units are the bound, once for each part. They cut the sums that they carry instead of rounding them: for float32,
+where that would show, each step sums from zero, and the steps are added outside.
 """
 
 import triton
@@ -70,12 +71,14 @@ def sign_tiled(
     rows_at = tl.minimum(rows, N - 1).to(tl.int64)
     words = tl.arange(0, BLOCK_K // 32)
     steps = tl.cdiv(K, BLOCK_K)
+    FRESH: tl.constexpr = GROUPED or PARTS == 3  # sums of a step
     shifts = shifts_of(w_ptr, W < 0)
 
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for p in tl.static_range(PLANES):
         plane_rows = rows_at + p * N
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        total = acc
         for step in range(split, steps, SPLIT_K):
             k = step * BLOCK_K
             w_at = plane_rows[:, None] * W + (step * (BLOCK_K // 32) + words)[None, :]
@@ -88,7 +91,7 @@ def sign_tiled(
             else:
                 columns = k + tl.arange(0, BLOCK_K)
                 signs = expand_scaled(packed, shifts, tl.load(in_scale_ptr + columns, mask=columns < K, other=0.0))
-            if GROUPED:
+            if FRESH:
                 acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.static_range(PARTS):
                 part_at = z_at + (part * M).to(tl.int64) * z_stride + k
@@ -99,8 +102,10 @@ def sign_tiled(
                 acc = tl.dot(signs, z, acc)
             if GROUPED:
                 y += scaled(acc, scale_ptr, plane_rows * groups + k // group_size)
+            elif FRESH:
+                total += acc
         if not GROUPED:
-            acc = scaled(acc, scale_ptr, plane_rows)
+            acc = scaled(total if FRESH else acc, scale_ptr, plane_rows)
             y = acc if PLANES == 1 else y + acc
     if split == 0:
         if group_shift_ptr is not None:
