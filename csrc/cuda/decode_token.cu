@@ -1,5 +1,5 @@
 // All layers of a LLaMA-shaped model for one token, in one launch that stays: blocks, one a multiprocessor, go through
-// the stages of every layer together and meet at a barrier of the whole grid behind each.
+// the stages of every layer, and each waits for the numbers of the others that it needs.
 //
 //   q, k, v     h += down;  n = RMSNorm(h) * input_norm;  q, k, v = each its product of n in integers
 //   attention   rotary embedding, cache, softmax: a head, or a part of its slots, a block
@@ -9,18 +9,19 @@
 //
 // with the integers of pack_activations, the epilogue of popcount_gemm, and the roundings of transformers. For int8,
 // int4 and int2 activations (fewer bits go in eight planes too), one scale a row and a token, as many keys as queries,
-// hidden sizes up to 4,096, and models of which a layer's weights fit the shared memory of all multiprocessors; sm_90.
+// hidden sizes up to 4,096, and models of which a layer's weights fit the shared memory of all multiprocessors; sm_90a.
 //
 // Kernels of their own for these stages lose most of their time between one another: about 1 us from the end of one to
 // the first instruction of the next, cold instructions, and blocks that share a multiprocessor while others have none.
-// Here a block owns rows of every matrix and a place in shared memory for each; as soon as a stage has used its
-// weights, the copy engine puts the next layer's there (copies by threads would stand in the way of their loads), and
-// all else that a stage will read is fetched to L2 before: memory never waits for the chain. What is left is the chain:
-// five barriers a layer, activations from L2 behind each, and the instructions in between.
+// Here a block owns rows of every matrix and a place in shared memory for each, which a warp fills again for the next
+// layer as soon as a stage has left it (token_copies.cuh), and all else that a stage will read is fetched to L2 before:
+// memory never waits for the chain. What is left is the chain: five trips through L2 a layer (token_product.cuh), and
+// the instructions in between. Registers must not spill: beside so much shared memory there is hardly an L1.
 //
 //   block      rows of all matrices, a part of a head; every block packs the token anew, in 16 warps
-//   warps      two share a chunk of 512 columns: each packs a half, then takes every other tile of rows, or one of gate
-//              and up, for the whole chunk; partial sums [chunk of 8, row] meet in shared memory
+//   warps      two share a chunk of 512 columns to pack; four share two chunks to multiply, a quarter of the tiles of
+//   rows
+//              each, or half of those of gate or up; partial sums [pair of chunks, row] meet in shared memory
 //   registers  h, eight columns a lane, through all layers
 #include <algorithm>
 
@@ -127,22 +128,20 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
   uint4 h[1];
   load_row<T>(p.x, hidden, h);
 
-  // a product of one input: outputs [share of n] go to y
+  // a product of one input: outputs [share of n] are sent to y
   const auto project = [&]<int kRounds>(const uint4(&n)[kRounds], Factors<kRounds>(&factors)[1],
                                         const TokenMatrix& matrix, const Place& place, int weights_at, int columns,
-                                        Share tiles, int count, uint32_t* y, uint32_t tag) {
+                                        Share share, int count, uint32_t* y, uint32_t tag) {
     int sums[1];
     factors[0].template load_rest<T>(matrix, columns);
     make_planes<T, kRounds, 1>(n, factors, columns, a.highest, planes, s, sums);
     add_up<T>(n, factors, columns, a.highest, sums, s);
-    const int stride = tiles.count * kTileRows;
-    multiply<kRounds>(base + weights_at, columns, tiles.count, (thread_index() / 32) % 4, 4, planes,
-                      slots + (thread_index() / 128) * stride);
+    const int stride = share.count * kTileRows;
+    multiply<kRounds>(base + weights_at, columns, share.count, thread_index() / 32 % 4, 4, planes,
+                      slots + thread_index() / 128 * stride);
     sync_threads();
-    const int row = tiles.first * kTileRows + thread_index();
-    if (thread_index() < stride && row < count) {
-      send<T>(y + row, output_of(slots, stride, thread_index(), s, columns, 0, place), tag);
-    }
+    if (!share.has_thread(count)) return;
+    send<T>(y + share.row_of_thread(), output_of(slots, stride, thread_index(), s, columns, 0, place), tag);
   };
   // Barriers between stages keep what the next one loads, and its polls, out of the way of what this one has to send.
   for (int layer = 0; stays && layer < p.layer_count; ++layer) {
@@ -167,12 +166,10 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       uint4 weight[1], added[1];
       Factors<1> factors[1];
       Place place;
-      const Share qkv = common.qkv;
       const TokenMatrix& matrix = l.of[common.projection];
       load_row<T>(l.input_norm, hidden, weight);
       factors[0].template load<T>(matrix, hidden);
-      place.load(matrix, qkv.first * kTileRows + thread_index(),
-                 thread_index() < qkv.count * kTileRows && qkv.first * kTileRows + thread_index() < width);
+      place.load(matrix, common.qkv, width);
       if (has_qkv) barriers.wait_for(kQkvCopy, layer);
       if (needs_h && layer > 0) {
         receive_row(common.down, hidden, tag - (1u << 16), added);
@@ -180,7 +177,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       }
       if (has_qkv) {
         const uint4 n[1] = {normalise<T>(h[0], weight[0], hidden, l.input_eps, s)};
-        project(n, factors, matrix, place, 0, hidden, qkv, width, common.projected, tag);
+        project(n, factors, matrix, place, 0, hidden, common.qkv, width, common.projected, tag);
       }
     }
     sync_threads();
@@ -202,13 +199,11 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       uint4 n[1];
       Factors<1> factors[1];
       Place place;
-      const Share out = common.out;
       factors[0].template load<T>(l.of[kOutput], width);
-      place.load(l.of[kOutput], out.first * kTileRows + thread_index(),
-                 thread_index() < out.count * kTileRows && out.first * kTileRows + thread_index() < hidden);
+      place.load(l.of[kOutput], common.out, hidden);
       barriers.wait_for(kOutCopy, layer);
       receive_row(common.attended, width, tag, n);
-      project(n, factors, l.of[kOutput], place, plan.out_at, width, out, hidden, common.o, tag);
+      project(n, factors, l.of[kOutput], place, plan.out_at, width, common.out, hidden, common.o, tag);
     }
     sync_threads();
     barriers.leave(kOutStage);
@@ -222,10 +217,8 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       load_row<T>(l.post_norm, hidden, weight);
       factors[0].template load<T>(l.of[kGate], hidden);
       factors[1].template load<T>(l.of[kUp], hidden);
-      const int stride = gate.count * kTileRows, row = gate.first * kTileRows + thread_index();
-      const bool valid = thread_index() < stride && row < inner;
-      gate_place.load(l.of[kGate], row, valid);
-      up_place.load(l.of[kUp], row, valid);
+      gate_place.load(l.of[kGate], gate, inner);
+      up_place.load(l.of[kUp], gate, inner);
       if (has_gate) {
         barriers.wait_for(kGateCopy, layer);
         barriers.wait_for(kUpCopy, layer);
@@ -239,19 +232,18 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
         int sums[2];
         make_planes<T, 1, 2>(n, factors, hidden, a.highest, planes, s, sums);
         add_up<T>(n, factors, hidden, a.highest, sums, s);
-        const int which = (thread_index() / 32) % 2;
-        multiply<1>(base + (which == 0 ? plan.gate_at : plan.up_at), hidden, gate.count, (thread_index() / 32) % 4 / 2,
-                    2, planes + which * kKWarps * kPlaneBytes,
-                    slots + (which * kPairs + (thread_index() / 128)) * stride);
+        const int which = thread_index() / 32 % 2, stride = gate.count * kTileRows;
+        multiply<1>(base + (which == 0 ? plan.gate_at : plan.up_at), hidden, gate.count, thread_index() / 32 % 4 / 2, 2,
+                    planes + which * kKWarps * kPlaneBytes, slots + (which * kPairs + thread_index() / 128) * stride);
         sync_threads();
-        if (valid) {
+        if (gate.has_thread(inner)) {
           const auto value = [&](int i, const Place& place) {
             const float y = output_of(slots + i * kPairs * stride, stride, thread_index(), s, hidden, i, place);
             return to_float(from_float<T>(y));
           };
           const float gated = value(0, gate_place), factor = value(1, up_place);
           const float silu = to_float(from_float<T>(gated / (1.0f + expf(-gated))));
-          send<T>(common.m + row, __fmul_rn(silu, factor), tag);
+          send<T>(common.m + gate.row_of_thread(), __fmul_rn(silu, factor), tag);
         }
       }
     }
@@ -263,13 +255,11 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       uint4 n[kInnerRounds];
       Factors<kInnerRounds> factors[1];
       Place place;
-      const Share of_down = common.of_down;
       factors[0].template load<T>(l.of[kDown], inner);
-      place.load(l.of[kDown], of_down.first * kTileRows + thread_index(),
-                 thread_index() < of_down.count * kTileRows && of_down.first * kTileRows + thread_index() < hidden);
+      place.load(l.of[kDown], common.of_down, hidden);
       barriers.wait_for(kDownCopy, layer);
       receive_row(common.m, inner, tag, n);
-      project(n, factors, l.of[kDown], place, plan.down_at, inner, of_down, hidden, common.down, tag);
+      project(n, factors, l.of[kDown], place, plan.down_at, inner, common.of_down, hidden, common.down, tag);
     }
     sync_threads();
     barriers.leave(kDownStage);

@@ -14,6 +14,14 @@ constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kChunkColumns = 32 * kChunkWords, kPlaneBytes = kChunkColumns;  // of the eight planes of a chunk
 constexpr int kPairs = kKWarps / 2, kPairColumns = 2 * kChunkColumns;         // of chunks, four warps each
 
+// The thread, as if it could have changed: what is derived from it shall be computed again for each stage, not kept for
+// all layers in registers that there are not.
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Tiles of a block.
 struct Share {
   int first, count;
@@ -22,6 +30,11 @@ struct Share {
   __device__ Share(int tiles, int block, int blocks) {
     first = block * (tiles / blocks) + min(block, tiles % blocks);
     count = tiles / blocks + (block < tiles % blocks);
+  }
+  // a thread writes the output of a row
+  __device__ __forceinline__ int row_of_thread() const { return first * kTileRows + thread_index(); }
+  __device__ __forceinline__ bool has_thread(int n) const {
+    return thread_index() < count * kTileRows && row_of_thread() < n;
   }
 };
 
@@ -39,14 +52,6 @@ struct Common {
   Share qkv, out, gate, of_down;
   AttentionShare attention;
 };
-
-// The thread, as if it could have changed: what is derived from it shall be computed again for each stage, not kept for
-// all layers in registers that there are not.
-__device__ __forceinline__ int thread_index() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
 
 // A barrier of the threads that compute.
 __device__ __forceinline__ void sync_threads() { named_barrier(1, kThreads); }
@@ -83,7 +88,10 @@ struct Place {
   float scale, shift, bias;
   bool scales, shifts;
 
-  __device__ __forceinline__ void load(const TokenMatrix& m, int row, bool valid) {
+  // of the thread's row in a share of n
+  __device__ __forceinline__ void load(const TokenMatrix& m, const Share& share, int n) {
+    const int row = share.row_of_thread();
+    const bool valid = share.has_thread(n);
     scale = 1;
     shift = bias = 0;
     scales = static_cast<bool>(m.scale);
