@@ -6,8 +6,8 @@ packing and product of the output; the same again for gate and up; SiLU, packing
 down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
 torch's attention.
 
-One sequence with integer activations goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes
-the model; ``BITINFER_ONE_LAUNCH=0`` leaves it to the kernels.
+One sequence goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes the model;
+``BITINFER_ONE_LAUNCH=0`` leaves it to the kernels.
 """
 
 import os
@@ -213,7 +213,7 @@ def token_model(
     first: Any = layers[0]
     formats = {(p.act_bits, p.act_block, p.group_size, p.norm_eps) for layer in layers for p in linears_of(layer)}
     dtype = norm.weight.dtype
-    if formats not in ({(bits, 0, 0, None)} for bits in (8, 4, 2)):
+    if formats not in ({(bits, 0, 0, None)} for bits in (None, 8, 4, 2)):
         return None
     for layer in layers:
         for p in linears_of(layer):
@@ -228,8 +228,8 @@ def token_model(
 
 
 def _shape(layer: Any) -> tuple[int, int, int, int]:
-    """Return what token_model_takes wants to know: heads, their size, the inner size, bits."""
-    return layer.q.out_features // layer.head_dim, layer.head_dim, layer.down.in_features, layer.down.act_bits
+    """Return what token_model_takes wants to know: heads, their size, the inner size, bits, 0 for floating point."""
+    return layer.q.out_features // layer.head_dim, layer.head_dim, layer.down.in_features, layer.down.act_bits or 0
 
 
 def _norms(layer: Any) -> tuple[Any, ...]:

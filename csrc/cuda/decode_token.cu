@@ -7,9 +7,10 @@
 //   gate, up    h += o;  n = RMSNorm(h) * post_norm;  m = silu(gate) * up
 //   down        its product of m
 //
-// with the integers of pack_activations, the epilogue of popcount_gemm, and the roundings of transformers. For int8,
-// int4 and int2 activations (fewer bits go in eight planes too), one scale a row and a token, as many keys as queries,
-// hidden sizes up to 4,096, and models of which a layer's weights fit the shared memory of all multiprocessors; sm_90a.
+// with the integers of pack_activations, the epilogue of popcount_gemm, and the roundings of transformers; floating
+// point activations as integers of 24 bits (fixed_point.h). For these, int8, int4 and int2 (fewer bits go in eight
+// planes too), one scale a row and a token, as many keys as queries, hidden sizes up to 4,096, and models of which a
+// layer's weights fit the shared memory of all multiprocessors; sm_90a.
 //
 // Kernels of their own for these stages lose most of their time between one another: about 1 us from the end of one to
 // the first instruction of the next, cold instructions, and blocks that share a multiprocessor while others have none.
@@ -36,7 +37,8 @@ namespace {
 constexpr int kMaxHidden = kKWarps * kChunkColumns, kMaxInnerRounds = 3;
 constexpr int kFixedShared = 2048;  // bytes of shared memory, about, whose size no model changes
 // Registers move between groups of four warps: the copying one needs few, and the others get what it leaves.
-constexpr int kCopyThreads = 128, kCopyRegisters = 32, kRegisters = 112;
+constexpr int kCopyThreads = 128;
+[[maybe_unused]] constexpr int kCopyRegisters = 32, kRegisters = 112;
 
 constexpr int tiles_for(int n) { return (n + kTileRows - 1) / kTileRows; }
 
@@ -60,7 +62,7 @@ struct Arguments {
   float highest;
 };
 
-__device__ Common common_of(const Arguments& a, int block, int blocks) {
+[[maybe_unused]] __device__ Common common_of(const Arguments& a, int block, int blocks) {
   const TokenShape& shape = a.p.shape;
   const int width = shape.heads * shape.dim;
   unsigned char* rows = a.memory.rows;
@@ -87,7 +89,7 @@ __device__ Common common_of(const Arguments& a, int block, int blocks) {
   return c;
 }
 
-template <typename T, int kDim, int kInnerRounds>
+template <typename T, int kDim, int kInnerRounds, int kBytes>
 __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kernel(const __grid_constant__ Arguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) uint8_t shared[];
@@ -102,9 +104,8 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
   const int hidden = p.shape.hidden, inner = p.shape.inner, width = p.shape.heads * kDim;
 
   if (thread == 0) common = common_of(a, block, blocks);
-  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), planes = base + plan.scratch_at;
-  int* const slots =
-      reinterpret_cast<int*>(shared + plan.scratch_at + std::max(2, kInnerRounds) * kKWarps * kPlaneBytes);
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  int* const slots = reinterpret_cast<int*>(shared + plan.sums_at);
 
   const auto load_layer = [&](int layer) {
     if (thread < static_cast<int>(sizeof(TokenLayer) / 16) && layer < p.layer_count) {
@@ -133,15 +134,16 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
                                         const TokenMatrix& matrix, const Place& place, int weights_at, int columns,
                                         Share share, int count, uint32_t* y, uint32_t tag) {
     int sums[1];
+    const uint32_t planes[1] = {base + (kRounds == 1 ? plan.planes_at : plan.down_planes_at)};
     factors[0].template load_rest<T>(matrix, columns);
-    make_planes<T, kRounds, 1>(n, factors, columns, a.highest, planes, s, sums);
-    add_up<T>(n, factors, columns, a.highest, sums, s);
+    make_planes<kBytes, T>(n, factors, columns, a.highest, planes, s, sums);
+    add_up<kBytes, T>(n, factors, columns, a.highest, sums, s);
     const int stride = share.count * kTileRows;
-    multiply<kRounds>(base + weights_at, columns, share.count, thread_index() / 32 % 4, 4, planes,
-                      slots + thread_index() / 128 * stride);
+    multiply<kBytes, kRounds>(base + weights_at, columns, share.count, thread_index() / 32 % 4, 4, planes[0], slots,
+                              stride);
     sync_threads();
     if (!share.has_thread(count)) return;
-    send<T>(y + share.row_of_thread(), output_of(slots, stride, thread_index(), s, columns, 0, place), tag);
+    send<T>(y + share.row_of_thread(), output_of<kBytes>(slots, stride, thread_index(), s, columns, 0, place), tag);
   };
   // Barriers between stages keep what the next one loads, and its polls, out of the way of what this one has to send.
   for (int layer = 0; stays && layer < p.layer_count; ++layer) {
@@ -180,7 +182,6 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
         project(n, factors, matrix, place, 0, hidden, common.qkv, width, common.projected, tag);
       }
     }
-    sync_threads();
     barriers.leave(kQkvStage);
 
     // ---- attention
@@ -191,7 +192,6 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
                       keys_there + plan.cache_slots * static_cast<uint32_t>(kDim * sizeof(T)), there,
                       reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, tag);
     }
-    sync_threads();
     barriers.leave(kAttentionStage);
 
     // ---- output
@@ -206,7 +206,6 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       project(n, factors, l.of[kOutput], place, plan.out_at, width, common.out, hidden, common.o, tag);
     }
     sync_threads();
-    barriers.leave(kOutStage);
 
     // ---- gate, up
     {
@@ -230,15 +229,18 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       if (has_gate) {
         const uint4 n[1] = {normalise<T>(h[0], weight[0], hidden, l.post_eps, s)};
         int sums[2];
-        make_planes<T, 1, 2>(n, factors, hidden, a.highest, planes, s, sums);
-        add_up<T>(n, factors, hidden, a.highest, sums, s);
+        const uint32_t planes[2] = {base + plan.planes_at, base + plan.up_planes_at};
+        make_planes<kBytes, T>(n, factors, hidden, a.highest, planes, s, sums);
+        add_up<kBytes, T>(n, factors, hidden, a.highest, sums, s);
         const int which = thread_index() / 32 % 2, stride = gate.count * kTileRows;
-        multiply<1>(base + (which == 0 ? plan.gate_at : plan.up_at), hidden, gate.count, thread_index() / 32 % 4 / 2, 2,
-                    planes + which * kKWarps * kPlaneBytes, slots + (which * kPairs + thread_index() / 128) * stride);
+        const int of_up = (kBytes == 1 ? 1 : 2) * kPairs * stride;  // where the sums of the second product begin
+        multiply<kBytes, 1>(base + (which == 0 ? plan.gate_at : plan.up_at), hidden, gate.count,
+                            thread_index() / 32 % 4 / 2, 2, which == 0 ? planes[0] : planes[1], slots + which * of_up,
+                            stride);
         sync_threads();
         if (gate.has_thread(inner)) {
           const auto value = [&](int i, const Place& place) {
-            const float y = output_of(slots + i * kPairs * stride, stride, thread_index(), s, hidden, i, place);
+            const float y = output_of<kBytes>(slots + i * of_up, stride, thread_index(), s, hidden, i, place);
             return to_float(from_float<T>(y));
           };
           const float gated = value(0, gate_place), factor = value(1, up_place);
@@ -247,7 +249,6 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
         }
       }
     }
-    sync_threads();
     barriers.leave(kGateStage);
 
     // ---- down
@@ -261,7 +262,6 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
       receive_row(common.m, inner, tag, n);
       project(n, factors, l.of[kDown], place, plan.down_at, inner, common.of_down, hidden, common.down, tag);
     }
-    sync_threads();
     barriers.leave(kDownStage);
   }
 
@@ -286,7 +286,9 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   const int width = shape.heads * shape.dim, blocks = device.multiprocessors;
   const auto fits = [](int columns) { return columns > 0 && columns % 128 == 0; };
   if (device.architecture != 90 || !device.has_binary_mma() || (shape.dim != 64 && shape.dim != 128)) return plan;
-  if (shape.dtype == Dtype::kFloat32 || (shape.bits != 8 && shape.bits != 4 && shape.bits != 2)) return plan;
+  if (shape.dtype == Dtype::kFloat32 ||
+      (shape.bits != 8 && shape.bits != 4 && shape.bits != 2 && shape.bits != kFixedPointBits))
+    return plan;
   if (!fits(shape.hidden) || !fits(shape.inner) || !fits(width) || blocks < 3 || shape.heads > blocks) return plan;
   if (shape.hidden > kMaxHidden || width > kMaxHidden || shape.inner > kMaxInnerRounds * kMaxHidden) return plan;
   const auto most = [](int tiles, int of) { return (tiles + of - 1) / of; };
@@ -297,21 +299,26 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   plan.splits = 1;
   while (2 * plan.splits <= kMaxSplits && shape.heads * plan.splits * 2 <= blocks) plan.splits *= 2;
   int at = 0;
-  const auto region = [&at](int tiles, int k) {
-    at += tiles * kTileRows * (k / 8);
-    return (at = (at + 127) / 128 * 128);
+  const auto take = [&at](int bytes) {
+    const int begin = at;
+    at += (bytes + 127) / 128 * 128;
+    return begin;
   };
-  plan.out_at = region(plan.qkv_tiles, shape.hidden);
-  plan.gate_at = region(plan.out_tiles, width);
-  plan.scratch_at = region(plan.gate_tiles, shape.hidden);
+  const auto of_weights = [](int tiles, int k) { return tiles * kTileRows * (k / 8); };
+  // in 24 planes some do not fit beside the weights of all stages
+  const int groups = shape.bits == kFixedPointBits ? 3 : 1, planes = groups * kKWarps * kPlaneBytes;
   const int rows = kTileRows * std::max({plan.qkv_tiles, plan.out_tiles, 2 * plan.gate_tiles, plan.down_tiles});
   if (rows > kThreads) return {};
-  const int products = std::max(2, plan.inner_rounds) * kKWarps * kPlaneBytes + 4 * kPairs * rows;
+  const int sums = 4 * (groups == 1 ? 1 : 2) * kPairs * rows;
   const int attention = 4 * (2 * shape.dim + kWarps * part_size(shape.dim));
-  at += (std::max(products, attention) + 127) / 128 * 128;
-  plan.up_at = plan.cache_at = at;
-  plan.down_at = region(plan.gate_tiles, shape.hidden);
-  region(plan.down_tiles, shape.inner);
+  take(of_weights(plan.qkv_tiles, shape.hidden));
+  plan.out_at = plan.up_planes_at = take(std::max(of_weights(plan.out_tiles, width), planes));
+  plan.gate_at = take(of_weights(plan.gate_tiles, shape.hidden));
+  plan.scratch_at = plan.planes_at = take(std::max(planes + sums, attention));
+  plan.sums_at = plan.planes_at + planes;
+  plan.up_at = plan.cache_at = take(std::max(of_weights(plan.gate_tiles, shape.hidden), plan.inner_rounds * planes));
+  plan.down_planes_at = plan.inner_rounds == 1 ? plan.planes_at : plan.up_at;
+  plan.down_at = take(of_weights(plan.down_tiles, shape.inner));
   plan.shared_bytes = device.shared_bytes - kFixedShared;
   if (at > plan.shared_bytes) return {};
   plan.cache_slots = (plan.shared_bytes - plan.cache_at) / (4 * shape.dim);
@@ -336,8 +343,7 @@ cudaError_t decode_token(const DecodeToken& p, const TokenPlan& plan, const Laun
                             plan,
                             {counts, counts + 1, rows, reinterpret_cast<uint64_t*>(parts)},
                             static_cast<float>((1 << (shape.bits - 1)) - 1)};
-  const auto run = [&]<typename T, int kDim, int kInnerRounds>() {
-    const auto kernel = decode_token_kernel<T, kDim, kInnerRounds>;
+  const auto launch = [&](auto kernel) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     if (error != cudaSuccess) return error;
@@ -352,6 +358,10 @@ cudaError_t decode_token(const DecodeToken& p, const TokenPlan& plan, const Laun
     config.attrs = &attribute;
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, arguments);
+  };
+  const auto run = [&]<typename T, int kDim, int kInnerRounds>() {
+    return shape.bits == kFixedPointBits ? launch(decode_token_kernel<T, kDim, kInnerRounds, 3>)
+                                         : launch(decode_token_kernel<T, kDim, kInnerRounds, 1>);
   };
   const auto rounds = [&]<typename T, int kDim>() {
     switch (plan.inner_rounds) {

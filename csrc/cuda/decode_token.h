@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "fixed_point.h"
 #include "launch.h"
 
 namespace bitinfer::cuda {
@@ -32,7 +33,8 @@ struct TokenPlan {
   int qkv_tiles = 0, out_tiles = 0, gate_tiles = 0, down_tiles = 0;  // the most of a block
   int splits = 0;                                                    // blocks that share the slots of a head
   int inner_rounds = 0;
-  int out_at = 0, gate_at = 0, scratch_at = 0, up_at = 0, down_at = 0;  // bytes; q, k and v at 0
+  int out_at = 0, gate_at = 0, scratch_at = 0, up_at = 0, down_at = 0;   // bytes; q, k and v at 0
+  int planes_at = 0, up_planes_at = 0, down_planes_at = 0, sums_at = 0;  // some in places of weights that are not there
   int cache_at = 0, cache_slots = 0;  // keys and values, which have the place of up and down before these come
   int shared_bytes = 0;
 
@@ -41,7 +43,7 @@ struct TokenPlan {
 
 struct TokenShape {
   int hidden = 0, inner = 0, heads = 0, dim = 0;
-  int64_t bits = 8;  // of activations: 8, 4 or 2
+  int64_t bits = 8;  // of activations: 8, 4 or 2, or kFixedPointBits for floating point
   Dtype dtype = Dtype::kFloat16;
 };
 

@@ -46,12 +46,12 @@ cuda::TokenShape shape_of(const Call& call, const Tensor& norm, int64_t heads, i
   for (const int64_t size : {heads, head_dim, inner, norm.size(0)}) {
     STD_TORCH_CHECK(size > 0 && size < int64_t{1} << 20, call.op, ": sizes must be from 1 to 2^20, got ", size);
   }
-  check_bits(call, bits);
+  if (bits != 0) check_bits(call, bits);
   return {static_cast<int>(norm.size(0)),
           static_cast<int>(inner),
           static_cast<int>(heads),
           static_cast<int>(head_dim),
-          bits,
+          bits == 0 ? cuda::kFixedPointBits : bits,
           float_dtype(call, "norm", norm.scalar_type())};
 }
 
@@ -194,8 +194,9 @@ Tensor token_model_step(int64_t handle, Tensor x, Tensor keys, Tensor values, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   // Models whose layers all run in one launch for one token; see decode_token.cu for which. `inner` is the size between
-  // gate, up and down; lists are of q, k, v, o, gate, up and down. A step writes keys and values of its slot, reads
-  // those before it, and returns what the norm behind the last layer gives. Steps of one model must not overlap.
+  // gate, up and down, `bits` those of activations, 0 for floating point; lists are of q, k, v, o, gate, up and down. A
+  // step writes keys and values of its slot, reads those before it, and returns what the norm behind the last layer
+  // gives. Steps of one model must not overlap.
   m.def("token_model_takes(Tensor norm, int heads, int head_dim, int inner, int bits) -> bool");
   m.def("token_model_new(Tensor norm, float eps, int heads, int head_dim, float scaling, int inner, int bits) -> int");
   m.def("token_model_free(int handle) -> ()");

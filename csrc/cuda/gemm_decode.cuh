@@ -151,6 +151,11 @@ __device__ __forceinline__ void combine_fixed_point(const int (&low8)[4], const 
   sum_of_lanes(low16, top8, g, t, emit);
 }
 
+// scale * (low + 2^16 * high), exact before its last two roundings
+__device__ __forceinline__ float scaled(float scale, int low, int high) {
+  return scale * fmaf(static_cast<float>(high + (low >> 16)), 65536.0f, static_cast<float>(low & 0xffff));
+}
+
 template <int kBits, int kGroups, typename Emit>
 __device__ __forceinline__ void combine_groups(const int (&c)[kGroups][4], int g, int t, Emit emit) {
   if constexpr (kBits == kFixedPointBits) {

@@ -60,11 +60,6 @@ struct alignas(16) Sums {
   float z;
 };
 
-// scale * (low + 2^16 * high), exact before its last two roundings
-__device__ __forceinline__ float scaled(float scale, int low, int high) {
-  return scale * fmaf(static_cast<float>(high + (low >> 16)), 65536.0f, static_cast<float>(low & 0xffff));
-}
-
 // Exchanges the bits of `a` that `mask` leaves out with those of `b` that it covers, which are `by` lower.
 __device__ __forceinline__ void exchange_bits(uint32_t& a, uint32_t& b, uint32_t mask, int by) {
   const uint32_t low = (a & mask) | ((b << by) & ~mask);

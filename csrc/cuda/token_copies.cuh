@@ -4,8 +4,7 @@
 //   left by      comes
 //   q, k, v      q, k or v of the next layer
 //   attention    up and down: keys and values have their place until then
-//   output       output of the next layer
-//   gate, up     gate of the next layer
+//   gate, up     output and gate of the next layer; floating point activations have planes in the output's place before
 //   down         keys and values of the next layer
 //
 // It copies pieces of a size of which one after the other, each taking some 200 cycles to start, makes 80 % of what
@@ -17,7 +16,7 @@
 
 namespace bitinfer::cuda {
 
-enum TokenStage { kQkvStage, kAttentionStage, kOutStage, kGateStage, kDownStage, kTokenStages };
+enum TokenStage { kQkvStage, kAttentionStage, kGateStage, kDownStage, kTokenStages };
 enum Copied { kQkvCopy, kCacheCopy, kOutCopy, kGateCopy, kUpCopy, kDownCopy, kCopies };
 
 // A phase of each barrier is a layer.
@@ -30,8 +29,10 @@ struct TokenBarriers {
     for (uint64_t& barrier : there) barrier_init(shared_address(&barrier), 1);
     barrier_init_fence();
   }
-  // by all threads that compute, behind a barrier of theirs
+  // by all threads that compute
   __device__ __forceinline__ void leave(TokenStage stage) {
+    fence_async_proxy();  // what they wrote, before what is copied there
+    sync_threads();
     if (threadIdx.x == kThreads - 1) barrier_arrive(shared_address(left + stage));
   }
   __device__ __forceinline__ void wait_for(Copied what, int layer) {
@@ -73,9 +74,8 @@ struct Copies {
       wait_until_left(kAttentionStage, layer);
       up(layer);
       down(layer);
-      wait_until_left(kOutStage, layer);
-      out(next);
       wait_until_left(kGateStage, layer);
+      out(next);
       gate(next);
       wait_until_left(kDownStage, layer);
       cache(next);

@@ -60,7 +60,7 @@ struct Scratch {
   alignas(16) float squares[kWarps];
   uint32_t largest[2][kWarps];
   float act_scale[2];
-  alignas(16) int sum[2][kWarps];
+  alignas(16) int sum[2][kWarps], sum_high[2][kWarps];  // the lower 16 bits and the rest, where there are 24
   alignas(16) float shift[2][kWarps];
 };
 
@@ -260,11 +260,41 @@ struct Factors {
   }
 };
 
-// Quantises the token for each product, leaves its planes [product, round, chunk] in shared memory, and returns the
-// sums of the integers of a lane.
-template <typename T, int kRounds, int kProducts>
+// How a token becomes integers of kBytes bytes, q = rint(z * factor) and z = q * scale, from its largest magnitude: one
+// byte as pack_activations makes it, up to `highest`; or three, fixed_point.h's, of which z uses 23 bits.
+template <int kBytes>
+struct TokenFormat {
+  float factor, scale;  // NaN where the token has a number that is not finite
+  bool zero;
+
+  __device__ __forceinline__ TokenFormat(uint32_t largest, float highest) {
+    const bool bad = largest >= kInfinityBits;
+    if constexpr (kBytes == 1) {
+      zero = bad || __uint_as_float(largest) < kSmallestAbsmax;
+      factor = __fdiv_rn(highest, __uint_as_float(largest));
+      scale = bad ? __uint_as_float(kNaNBits) : zero ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
+    } else {
+      // |q| stays below 2^22, since a product of two 16-bit numbers has at most 22 bits and does not round up to that
+      const uint32_t exponent = largest >> 23;
+      zero = bad || exponent < 31;  // below 2^-96
+      factor = __uint_as_float((275 - exponent) << 23);
+      scale = bad ? __uint_as_float(kNaNBits) : zero ? 0 : __uint_as_float((exponent - 21) << 23);
+    }
+  }
+};
+
+// Where planes of a round and a byte of the integers begin, behind those of a product: [byte, round, chunk].
+template <int kRounds>
+__device__ __forceinline__ uint32_t planes_at(int byte, int round, int chunk) {
+  return static_cast<uint32_t>(((byte * kRounds + round) * kKWarps + chunk) * kPlaneBytes);
+}
+
+// Quantises the token for each product, leaves its planes in shared memory, and returns the sums of the integers of a
+// lane.
+template <int kBytes, typename T, int kRounds, int kProducts>
 __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts],
-                                            int k, float highest, uint32_t planes, Scratch& s, int (&sums)[kProducts]) {
+                                            int k, float highest, const uint32_t (&planes)[kProducts], Scratch& s,
+                                            int (&sums)[kProducts]) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const bool active = has_columns(k);
   const auto z_of = [&](int p, int r, float (&z)[kOctet]) {
@@ -296,50 +326,65 @@ __device__ __forceinline__ void make_planes(const uint4 (&n)[kRounds], const Fac
   // 4t + i, a row of eight planes at row 2t + h % 2 of matrix i.
   const bool odd = lane & 1;
   const int half = 16 * (warp % 2) + lane / 2, matrix = half / 2 % 4, row = half / 8 * 2 + half % 2;
-  const uint32_t to = planes + 16 * (8 * matrix + (row ^ 2 * matrix)) + 8 * odd;
+  const uint32_t to = 16 * (8 * matrix + (row ^ 2 * matrix)) + 8 * odd;
+  const auto store = [&](uint32_t low, uint32_t high, uint32_t at) {
+    transpose_bits(low, high);
+    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
+    const uint32_t first = odd ? other : low, second = odd ? high : other;
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(__byte_perm(first, second, 0x5140)),
+                 "r"(__byte_perm(first, second, 0x7362))
+                 : "memory");
+  };
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
     sums[p] = 0;
-    if (active) {
-      const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
-      const bool zero = largest >= kInfinityBits || __uint_as_float(largest) < kSmallestAbsmax;
-      const float factor = __fdiv_rn(highest, __uint_as_float(largest));
+    if (!active) continue;
+    const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
+    const TokenFormat<kBytes> format(largest, highest);
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        float z[kOctet];
-        z_of(p, r, z);
-        uint32_t q[kOctet];
-        // adding 1.5 * 2^23 leaves the integer, rounded half to even, in the low bits
+    for (int r = 0; r < kRounds; ++r) {
+      float z[kOctet];
+      z_of(p, r, z);
+      uint32_t q[kOctet];
+      // adding 1.5 * 2^23 leaves the integer, rounded half to even, in the low bits
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) q[j] = __float_as_uint(__fadd_rn(__fmul_rn(z[j], factor), 12582912.0f));
-        uint32_t low = zero ? 0 : gather_bytes<0>(q[0], q[1], q[2], q[3]);
-        uint32_t high = zero ? 0 : gather_bytes<0>(q[4], q[5], q[6], q[7]);
-        sums[p] = __dp4a(static_cast<int>(low), 0x01010101, __dp4a(static_cast<int>(high), 0x01010101, sums[p]));
-        transpose_bits(low, high);
-        const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
-        const uint32_t first = odd ? other : low, second = odd ? high : other;
-        asm volatile(
-            "st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + ((p * kRounds + r) * kKWarps + warp / 2) * kPlaneBytes),
-            "r"(__byte_perm(first, second, 0x5140)), "r"(__byte_perm(first, second, 0x7362))
-            : "memory");
+      for (int j = 0; j < kOctet; ++j) {
+        q[j] = __float_as_uint(__fadd_rn(__fmul_rn(z[j], format.factor), 12582912.0f)) - 0x4b400000u;
+        if (format.zero) q[j] = 0;
+        if (kBytes > 1) sums[p] += static_cast<int>(q[j]);
+      }
+      const auto store_byte = [&]<int kByte>() {
+        const uint32_t low = gather_bytes<kByte>(q[0], q[1], q[2], q[3]);
+        const uint32_t high = gather_bytes<kByte>(q[4], q[5], q[6], q[7]);
+        if (kBytes == 1) {
+          sums[p] = __dp4a(static_cast<int>(low), 0x01010101, __dp4a(static_cast<int>(high), 0x01010101, sums[p]));
+        }
+        store(low, high, planes[p] + to + planes_at<kRounds>(kByte, r, warp / 2));
+      };
+      store_byte.template operator()<0>();
+      if constexpr (kBytes > 1) {
+        store_byte.template operator()<1>();
+        store_byte.template operator()<2>();
       }
     }
   }
   sync_threads();
 }
 
-// What remains of each product but the weights: the sum of the integers, by how much it is multiplied (NaN where the
-// token has a number that is not finite), and in_shift . n.
-template <typename T, int kRounds, int kProducts>
+// What remains of each product but the weights: the sum of the integers, by how much it is multiplied, and in_shift .
+// n.
+template <int kBytes, typename T, int kRounds, int kProducts>
 __device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<kRounds> (&factors)[kProducts], int k,
                                        float highest, int (&sums)[kProducts], Scratch& s) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const bool active = has_columns(k);
   float shift[kProducts] = {};
+  int sums_high[kProducts] = {};
   if (active) {
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) {
-      sums[p] = __reduce_add_sync(kAllLanes, sums[p]);
+      if (kBytes > 1) sums_high[p] = __reduce_add_sync(kAllLanes, sums[p] >> 16);
+      sums[p] = __reduce_add_sync(kAllLanes, kBytes > 1 ? sums[p] & 0xffff : sums[p]);
       if (!factors[p].shifts) continue;
       float total[kOctet] = {};
 #pragma unroll
@@ -368,6 +413,7 @@ __device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) {
       s.sum[p][warp] = sums[p];  // zero where a warp has no columns
+      if (kBytes > 1) s.sum_high[p][warp] = sums_high[p];
       s.shift[p][warp] = shift[p];
     }
   }
@@ -375,39 +421,47 @@ __device__ __forceinline__ void add_up(const uint4 (&n)[kRounds], const Factors<
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
     const uint32_t largest = __reduce_max_sync(kAllLanes, s.largest[p][lane % kWarps]);
-    const float scale = __uint_as_float(largest) < kSmallestAbsmax ? 0 : __fdiv_rn(__uint_as_float(largest), highest);
-    if (lane == 0) s.act_scale[p] = largest >= kInfinityBits ? __uint_as_float(kNaNBits) : scale;
+    if (lane == 0) s.act_scale[p] = TokenFormat<kBytes>(largest, highest).scale;
   }
 }
 
 // Multiplies tiles first, first + step, ... of `weights` by planes, into the partial sums of this warp's pair of
-// chunks.
-template <int kRounds>
+// chunks, `stride` rows to a result: one, or two of 24-bit integers, see combine_fixed_point().
+template <int kBytes, int kRounds>
 __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int first, int step, uint32_t planes,
-                                         int* slot) {
+                                         int* slots, int stride) {
   if (first >= tiles || !has_columns(k)) return;
-  const int lane = thread_index() % 32, chunk = thread_index() / 128 * 2;
+  const int lane = thread_index() % 32, pair = thread_index() / 128, chunk = 2 * pair;
   const int g = lane / 4, t = lane % 4, pitch = k / 8;
   const int last_chunk = (k - 1) / kChunkColumns;
   // where rows start at the same bank, odd ones load the pair's other chunk first, which is in the other banks
   const int turned = g % 2 != 0 && pitch % 128 == 0 ? 1 : 0;
-  uint4 x[kRounds][2];
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
+  constexpr bool kHeld = kRounds * kBytes <= 3;  // planes in registers for all tiles; else a warp has one tile
+  constexpr int kHeldRounds = kHeld ? kRounds : 1;
+  uint4 x[kHeldRounds][2][kBytes];
+  const auto load_planes = [&](int r, uint4(&to)[2][kBytes]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x[r][i].x), "=r"(x[r][i].y), "=r"(x[r][i].z), "=r"(x[r][i].w)
-                   : "r"(planes + (r * kKWarps + chunk + i) * kPlaneBytes + 16 * (lane ^ lane / 8 * 2))
-                   : "memory");
+#pragma unroll
+      for (int j = 0; j < kBytes; ++j) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[i][j].x), "=r"(to[i][j].y), "=r"(to[i][j].z), "=r"(to[i][j].w)
+                     : "r"(planes + planes_at<kRounds>(j, r, chunk + i) + 16 * (lane ^ lane / 8 * 2))
+                     : "memory");
+      }
     }
+  };
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) load_planes(r, x[r]);
   }
   const uint32_t at_lane = weights + g * pitch + 16 * t;
   for (int tile = first; tile < tiles; tile += step) {
-    int c[2][4] = {};
+    int c[2][kBytes][4] = {};
     const uint32_t at_tile = at_lane + tile * (kTileRows * pitch);
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
+      if constexpr (!kHeld) load_planes(r, x[0]);
       uint4 upper[2], lower[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -423,29 +477,52 @@ __device__ __forceinline__ void multiply(uint32_t weights, int k, int tiles, int
                             turned ? loaded[1 - i].z : loaded[i].z, turned ? loaded[1 - i].w : loaded[i].w);
         };
         const uint4 up = of_chunk(upper), low = of_chunk(lower);
-        multiply_b1_k256(c[i], {up.x, low.x, up.y, low.y}, x[r][i].x, x[r][i].y);
-        multiply_b1_k256(c[i], {up.z, low.z, up.w, low.w}, x[r][i].z, x[r][i].w);
+#pragma unroll
+        for (int j = 0; j < kBytes; ++j) {
+          const uint4& of_byte = x[kHeld ? r : 0][i][j];
+          multiply_b1_k256(c[i][j], {up.x, low.x, up.y, low.y}, of_byte.x, of_byte.y);
+          multiply_b1_k256(c[i][j], {up.z, low.z, up.w, low.w}, of_byte.z, of_byte.w);
+        }
       }
     }
-    const int sums[1][4] = {{c[0][0] + c[1][0], c[0][1] + c[1][1], c[0][2] + c[1][2], c[0][3] + c[1][3]}};
-    combine_groups<8, 1>(sums, g, t, [&](int, int row, int value) { slot[tile * kTileRows + row] = value; });
+    int sums[kBytes][4];
+#pragma unroll
+    for (int j = 0; j < kBytes; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] = c[0][j][i] + c[1][j][i];
+    }
+    combine_groups<8 * kBytes, kBytes>(sums, g, t, [&](int result, int row, int value) {
+      slots[(result * kPairs + pair) * stride + tile * kTileRows + row] = value;
+    });
   }
 }
 
-// An output, in the order that popcount_gemm prescribes.
+// An output: of integers in the order that popcount_gemm prescribes.
+template <int kBytes>
 __device__ __forceinline__ float output_of(const int* slots, int stride, int row, const Scratch& s, int k, int p,
                                            const Place& place) {
-  int counted = 0;
+  constexpr int kResults = kBytes == 1 ? 1 : 2;
+  int counted[kResults] = {};
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    const int of_pair = slots[pair * stride + row];  // all loads at once, used or not
-    counted += pair * kPairColumns < k ? of_pair : 0;
+  for (int result = 0; result < kResults; ++result) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int of_pair = slots[(result * kPairs + pair) * stride + row];  // all loads at once, used or not
+      counted[result] += pair * kPairColumns < k ? of_pair : 0;
+    }
   }
   const int q_sum = sum_of_warps(s.sum[p]);
   const float shift = sum_of_warps(s.shift[p]), act_scale = s.act_scale[p];
-  const float scale = place.scales ? __fmul_rn(act_scale, place.scale) : act_scale;
-  float y = __fmul_rn(scale, static_cast<float>(q_sum - 2 * counted));
-  if (place.shifts) y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, place.shift), static_cast<float>(q_sum)));
+  float y;
+  if constexpr (kBytes == 1) {
+    const float scale = place.scales ? __fmul_rn(act_scale, place.scale) : act_scale;
+    y = __fmul_rn(scale, static_cast<float>(q_sum - 2 * counted[0]));
+    if (place.shifts) y = __fadd_rn(y, __fmul_rn(__fmul_rn(act_scale, place.shift), static_cast<float>(q_sum)));
+  } else {
+    const int q_high = sum_of_warps(s.sum_high[p]);
+    y = place.scale * scaled(act_scale, q_sum - 2 * counted[0], q_high - 2 * counted[1]);
+    y += place.shift * scaled(act_scale, q_sum, q_high);
+  }
   return __fadd_rn(__fadd_rn(y, shift), place.bias);
 }
 
