@@ -1,9 +1,9 @@
 // The torch side of decoder.h: decoders by handle, which hold the tensors of a model's packed layers and norms.
-#include <map>
 #include <memory>
 #include <mutex>
 
 #include "../checked_tensors.h"
+#include "../handles.h"
 #include "decoder.h"
 #include "dispatch.h"
 
@@ -27,16 +27,7 @@ struct Held {
   bitinfer::Dtype dtype = bitinfer::Dtype::kFloat32;
 };
 
-std::mutex registry_mutex;
-std::map<int64_t, std::shared_ptr<Held>> registry;
-int64_t last_handle = 0;
-
-std::shared_ptr<Held> held(const char* op, int64_t handle) {
-  const std::lock_guard lock(registry_mutex);
-  const auto found = registry.find(handle);
-  STD_TORCH_CHECK(found != registry.end(), op, ": there is no decoder ", handle);
-  return found->second;
-}
+bitinfer::Handles<Held> decoders("decoder");
 
 // A norm's weight [n], which `held` keeps; absent if there is none.
 RmsNorm norm_of(const Call& call, Held& held, const char* name, OptionalTensor weight, int64_t n, double eps) {
@@ -66,21 +57,16 @@ int64_t decoder_new(int64_t heads, int64_t kv_heads, int64_t head_dim, double sc
     STD_TORCH_CHECK(made->decoder.head.dtype == made->dtype, call.op, ": head must have the dtype of norm");
     made->tensors.push_back(*head);
   }
-  const std::lock_guard lock(registry_mutex);
-  registry.emplace(++last_handle, std::move(made));
-  return last_handle;
+  return decoders.add(std::move(made));
 }
 
-void decoder_free(int64_t handle) {
-  const std::lock_guard lock(registry_mutex);
-  registry.erase(handle);
-}
+void decoder_free(int64_t handle) { decoders.remove(handle); }
 
 void decoder_linear(int64_t handle, Tensor weight, int64_t in_features, OptionalTensor weight_scale,
                     OptionalTensor in_scale, OptionalTensor in_shift, OptionalTensor group_shift, OptionalTensor bias,
                     int64_t group_size, std::optional<double> norm_eps, int64_t bits, int64_t block_size) {
   const Call call{"decoder_linear"};
-  const auto to = held(call.op, handle);
+  const auto to = decoders.at(call, handle);
   bitinfer::check_sizes(call, block_size, group_size);
   if (bits != 0) bitinfer::check_bits(call, bits);
   STD_TORCH_CHECK(bits == 0 || in_features <= bitinfer::kMaxIntegerColumns, call.op, ": in_features=", in_features,
@@ -102,7 +88,7 @@ void decoder_linear(int64_t handle, Tensor weight, int64_t in_features, Optional
 void decoder_layer(int64_t handle, Tensor input_norm, double input_eps, Tensor post_norm, double post_eps,
                    OptionalTensor q_norm, double q_eps, OptionalTensor k_norm, double k_eps) {
   const Call call{"decoder_layer"};
-  const auto to = held(call.op, handle);
+  const auto to = decoders.at(call, handle);
   STD_TORCH_CHECK(to->linears.size() == 7, call.op, ": expected 7 linear layers (q, k, v, o, gate, up, down), got ",
                   to->linears.size());
   const auto& heads = to->decoder.heads;
@@ -138,7 +124,7 @@ void* memory(const Call& call, const Held& held, const char* name, const Tensor&
 void decoder_step(int64_t handle, Tensor hidden, Tensor keys, Tensor values, Tensor cos, Tensor sin, int64_t slot,
                   OptionalTensor padding, OptionalTensor logits) {
   const Call call{"decoder_step"};
-  const auto with = held(call.op, handle);
+  const auto with = decoders.at(call, handle);
   const auto& heads = with->decoder.heads;
   STD_TORCH_CHECK(hidden.dim() == 2 && keys.dim() == 5, call.op, ": hidden must be [m, d], keys [layers, m, kv_heads, ",
                   "capacity, head_dim], got ", to_string(sizes_of(hidden)), " and ", to_string(sizes_of(keys)));

@@ -1,8 +1,8 @@
 // The torch side of decode_token.h: models by handle, which hold the tensors of their packed layers and norms.
-#include <map>
 #include <memory>
 #include <mutex>
 
+#include "../handles.h"
 #include "decode_token.h"
 #include "on_device.h"
 
@@ -29,16 +29,7 @@ struct Held {
   explicit Held(const Tensor& norm) : norm(norm) {}
 };
 
-std::mutex registry_mutex;
-std::map<int64_t, std::shared_ptr<Held>> registry;
-int64_t last_handle = 0;
-
-std::shared_ptr<Held> held(const char* op, int64_t handle) {
-  const std::lock_guard lock(registry_mutex);
-  const auto found = registry.find(handle);
-  STD_TORCH_CHECK(found != registry.end(), op, ": there is no model ", handle);
-  return found->second;
-}
+Handles<Held> models("model");
 
 cuda::TokenShape shape_of(const Call& call, const Tensor& norm, int64_t heads, int64_t head_dim, int64_t inner,
                           int64_t bits) {
@@ -70,15 +61,10 @@ int64_t token_model_new(Tensor norm, double eps, int64_t heads, int64_t head_dim
   STD_TORCH_CHECK(made->plan, on.call.op, ": no kernel here takes such a model; token_model_takes tells beforehand");
   made->eps = static_cast<float>(eps);
   made->scaling = static_cast<float>(scaling);
-  const std::lock_guard lock(registry_mutex);
-  registry.emplace(++last_handle, std::move(made));
-  return last_handle;
+  return models.add(std::move(made));
 }
 
-void token_model_free(int64_t handle) {
-  const std::lock_guard lock(registry_mutex);
-  registry.erase(handle);
-}
+void token_model_free(int64_t handle) { models.remove(handle); }
 
 // Numbers [count] of the model's type at an address that is a multiple of 16, which `to` keeps; null if absent.
 const void* row(const Call& call, Held& to, const char* name, OptionalTensor& tensor, int64_t count) {
@@ -94,7 +80,7 @@ void token_model_layer(int64_t handle, Tensors weight, OptionalTensors weight_sc
                        OptionalTensors in_shift, OptionalTensors group_shift, OptionalTensors bias, Tensor input_norm,
                        double input_eps, Tensor post_norm, double post_eps, OptionalTensor q_norm, double q_eps,
                        OptionalTensor k_norm, double k_eps) {
-  const auto to = held("token_model_layer", handle);
+  const auto to = models.at(Call{"token_model_layer"}, handle);
   const OnDevice on("token_model_layer", to->norm);
   const Call& call = on.call;
   const size_t count = cuda::kTokenProjections;
@@ -146,7 +132,7 @@ void* memory(const Call& call, const Held& model, const char* name, const Tensor
 }
 
 Tensor token_model_step(int64_t handle, Tensor x, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor slot) {
-  const auto model = held("token_model_step", handle);
+  const auto model = models.at(Call{"token_model_step"}, handle);
   const OnDevice on("token_model_step", model->norm);
   const Call& call = on.call;
   const std::lock_guard lock(model->busy);
