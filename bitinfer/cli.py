@@ -21,6 +21,7 @@ from bitinfer.cli_options import (
     ActBlock,
     Bits,
     Block,
+    CacheBits,
     DType,
     Dtype,
     HeadBits,
@@ -28,6 +29,7 @@ from bitinfer.cli_options import (
     Threads,
     bits_of,
     load_model,
+    number_of,
 )
 from bitinfer.distill.cli import register as register_distill
 from bitinfer.terminal import DEBUG, console, debugging, progress_bar, status
@@ -209,6 +211,7 @@ def verify(
     dtype: Annotated[DType, typer.Option(help="What the packed model computes in.")] = DType.float32,
     act_bits: Bits = None,
     head_bits: HeadBits = None,
+    cache_bits: CacheBits = None,
     as_json: Json = False,
 ) -> None:
     """Compare a packed model with its original, logit by logit.
@@ -233,6 +236,7 @@ def verify(
             dtype=getattr(torch, dtype.value),
             act_bits="config" if act_bits is None else bits_of(act_bits),
             head_bits=head_bits,
+            cache_bits=number_of(cache_bits),
             on_stage=stage,
         )
     _show(result.to_dict(), as_json, lambda: tables.verification(result))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitinfer.cli_options import DType, HeadBits, Threads
+from bitinfer.cli_options import CacheBits, DType, HeadBits, Threads, number_of
 from bitinfer.terminal import console, progress_bar
 
 JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write JSON here; - for stdout.")]
@@ -107,6 +107,7 @@ def model(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompts in front of decoding.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each sequence writes.")] = 64,
     head_bits: HeadBits = None,
+    cache_bits: CacheBits = None,
     dense: Annotated[bool, typer.Option(help="Run the dense model too.")] = True,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also the dense model compiled with a static cache; takes minutes.")
@@ -132,6 +133,7 @@ def model(
             context=context,
             new_tokens=new_tokens,
             head_bits=head_bits,
+            cache_bits=number_of(cache_bits),
             dense=dense,
             compiled=compiled,
             threads=threads,

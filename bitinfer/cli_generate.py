@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitinfer.cli_options import Bits, Block, Dtype, HeadBits, Threads, load_model
+from bitinfer.cli_options import Bits, Block, CacheBits, Dtype, HeadBits, Threads, load_model
 
 AnyModel = Annotated[
     str | None,
@@ -50,6 +50,7 @@ def generate(
     act_block: Block = None,
     dtype: Dtype = None,
     head_bits: HeadBits = None,
+    cache_bits: CacheBits = None,
     threads: Threads = None,
 ) -> None:
     """Write text, token by token; the speed goes to stderr."""
@@ -63,7 +64,7 @@ def generate(
         raise typer.BadParameter("give either PROMPT or --token-ids")
     start: str | list[int] = prompt if prompt is not None else parse_ids(str(token_ids))
     folder = Path(model) if model is not None else embedded_model()
-    network, tokenizer = load_model(folder, dtype, act_bits, act_block, threads, head_bits)
+    network, tokenizer = load_model(folder, dtype, act_bits, act_block, threads, head_bits, cache_bits)
     result = run(
         network,
         tokenizer if token_ids is None else None,
@@ -92,6 +93,7 @@ def chat(
     act_block: Block = None,
     dtype: Dtype = None,
     head_bits: HeadBits = None,
+    cache_bits: CacheBits = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a model: a line is a turn. /new forgets what was said, /exit or Ctrl-D ends.
@@ -102,7 +104,13 @@ def chat(
     from bitinfer.generate import generate as run
 
     network, tokenizer = load_model(
-        embedded_model() if model is None else Path(model), dtype, act_bits, act_block, threads, head_bits
+        embedded_model() if model is None else Path(model),
+        dtype,
+        act_bits,
+        act_block,
+        threads,
+        head_bits,
+        cache_bits,
     )
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -44,6 +44,17 @@ HeadBits = Annotated[
         min=8, max=8, help="Round the rows of the head to 8 bits: half as much to read, on CPUs and NVIDIA GPUs."
     ),
 ]
+
+
+class Rounded(str, Enum):
+    eight = "8"
+    four = "4"
+
+
+CacheBits = Annotated[
+    Rounded | None,
+    typer.Option(help="Round keys and values to 8 or 4 bits: memory for longer contexts, on NVIDIA GPUs."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the kernels.")]
 
 
@@ -54,6 +65,7 @@ def load_model(
     act_block: ActBlock | None,
     threads: int | None,
     head_bits: int | None = None,
+    cache_bits: Rounded | None = None,
 ) -> tuple[Any, Any]:
     """Load what a command is to run, with its tokenizer; generation is fused where the model allows it."""
     import torch
@@ -71,9 +83,16 @@ def load_model(
     with status() as stage:
         stage(f"loading {model}")
         network, tokenizer = load(model, dtype="auto" if dtype is None else getattr(torch, dtype.value), **options)
-        return (fuse_if_possible(network) if head_bits is None else fuse(network, head_bits=head_bits)), tokenizer
+        if head_bits is None and cache_bits is None:
+            return fuse_if_possible(network), tokenizer
+        return fuse(network, head_bits=head_bits, cache_bits=number_of(cache_bits)), tokenizer
 
 
 def bits_of(act_bits: ActBits) -> int | None:
     """Return what the library calls it."""
     return None if act_bits is ActBits.none else int(act_bits.value)
+
+
+def number_of(rounded: Rounded | None) -> int | None:
+    """Return what the library calls it."""
+    return None if rounded is None else int(rounded.value)

@@ -6,6 +6,7 @@ reference's logits wait in a temporary file.
 """
 
 import gc
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, Format
 from bitinfer.info import packed_quantization
 from bitinfer.int8_rows import restore_all, restore_rows, round_rows
+from bitinfer.models.cache import read_cache, round_cache
 from bitinfer.nn import BinaryLinear
 
 WINDOW = 512  # tokens to a forward pass
@@ -87,6 +89,7 @@ def verify(
     dtype: torch.dtype = torch.float32,
     act_bits: int | str | None = "config",
     head_bits: int | None = None,
+    cache_bits: int | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> Verification:
     """Run the original and the packed model over the same tokens and compare their logits.
@@ -103,6 +106,7 @@ def verify(
         dtype: what the packed model computes in.
         act_bits: as of :func:`bitinfer.load`; quantised activations are an approximation and only reported.
         head_bits: as of :func:`bitinfer.fuse`: 8 rounds the rows of the head, which is an approximation too.
+        cache_bits: as of :func:`bitinfer.fuse`: 8 or 4 rounds keys and values, an approximation as well.
         on_stage: called with a word on what is happening now.
 
     Raises:
@@ -135,6 +139,10 @@ def verify(
         raise ValueError(f"verify: head_bits must be None or 8, got {head_bits!r}")
     if head_bits is not None:
         notes.append("the head is rounded to 8 bits, which is an approximation: none of this is required")
+    if cache_bits not in (None, 8, 4):
+        raise ValueError(f"verify: cache_bits must be None, 8 or 4, got {cache_bits!r}")
+    if cache_bits is not None:
+        notes.append(f"keys and values are rounded to {cache_bits} bits, an approximation: none of this is required")
     zeros = sum((quantization.get("zeros") or {}).values())
     if zeros:
         notes.append(f"{zeros} weights are exactly zero in the source and +1 in the packed model")
@@ -151,7 +159,7 @@ def verify(
         wanted = torch.from_numpy(stored)
         half = _coarsest(src, dst, dtype)
         tolerance: float | None = None
-        if lossless and bits is None and head_bits is None:
+        if lossless and bits is None and head_bits is None and cache_bits is None:
             tolerance = FP32_TOLERANCE
             if half != torch.float32:
                 stage(f"running the original in {_name(half)}, whose own error is the yardstick")
@@ -165,7 +173,7 @@ def verify(
             head = packed.get_output_embeddings()
             rounded_head = restore_rows(*round_rows(head.weight.detach())).to(dtype)
             head.weight = nn.Parameter(rounded_head, requires_grad=False)  # the embedding, if tied, stays as it is
-        measures = _compare(wanted, _logits(packed, ids), ids)
+        measures = _compare(wanted, _logits(packed, ids, cache_bits), ids)
     passed = None if tolerance is None else bool(measures["relative_error"] <= tolerance)
     return Verification(
         source_format.name, lossless, passed, tolerance, _name(dtype), len(ids), **measures, notes=notes
@@ -266,14 +274,31 @@ def _tokenizer(folder: str | Path) -> Any | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _logits(model: Any, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits ``[T, V]`` of each window of ``ids``, on the CPU, with the rows that they stand for."""
+def _logits(model: Any, ids: Sequence[int], cache_bits: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits ``[T, V]`` of each window of ``ids``, on the CPU, with the rows that they stand for.
+
+    With ``cache_bits`` attention reads keys and values rounded to so many bits.
+    """
     longest = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    # newer transformers have renamed it
+    cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for first in range(0, len(ids), longest):
         part = torch.tensor([ids[first : first + longest]], device=model.device)
         with torch.no_grad():  # left before the yield: a generator that is given up would leave the mode on
-            logits = model(part, use_cache=False).logits[0].cpu()
+            cache = {} if cache_bits is None else {cache_argument: _rounded_cache(cache_bits)}
+            logits = model(part, use_cache=cache_bits is not None, **cache).logits[0].cpu()
         yield slice(first, first + part.shape[1]), logits
+
+
+def _rounded_cache(bits: int) -> Any:
+    from transformers import DynamicCache
+
+    class RoundedCache(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rounded = (read_cache(round_cache(x, bits), x.shape[-1], x.dtype) for x in (key_states, value_states))
+            return super().update(*rounded, *args, **kwargs)
+
+    return RoundedCache()
 
 
 def _compare(wanted: Tensor, got: Iterator[tuple[slice, Tensor]], ids: Sequence[int]) -> Mapping[str, float]:

@@ -31,8 +31,9 @@ class ModelMeasurement:
 
     Attributes:
         model: the weights: ``packed``, ``dense``, or ``llama.cpp`` with its type.
-        loop: what decodes: ``fused`` is ours, ``fused, 8-bit head`` the same with ``head_bits=8``, ``transformers`` its
-            own, ``transformers compiled`` that with a static cache and ``torch.compile``, ``llama.cpp`` its own.
+        loop: what decodes: ``fused`` is ours, ``fused, 8-bit head`` the same with ``head_bits=8``, ``fused, 8-bit
+            cache`` with ``cache_bits=8``, ``transformers`` its own, ``transformers compiled`` that with a static cache
+            and ``torch.compile``, ``llama.cpp`` its own.
         activations: ``fp16``, ``bf16``, ``fp32`` or ``int8``, ``int4``, ``int2``, ``int1``.
         batch, context: sequences, and tokens of each prompt.
         decode_tokens_per_second: of all sequences together, after the first token; None where only prompts were run.
@@ -79,6 +80,7 @@ def bench_model(
     context: int = 512,
     new_tokens: int = NEW_TOKENS,
     head_bits: int | None = None,
+    cache_bits: int | None = None,
     dense: bool = True,
     compiled: bool = False,
     peers: bool = True,
@@ -99,6 +101,7 @@ def bench_model(
         context: see above.
         new_tokens: written by each sequence.
         head_bits: 8 also times the fused loop with the rows of the head rounded to 8 bits: see :func:`bitinfer.fuse`.
+        cache_bits: 8 or 4 also times the fused loop with keys and values rounded to so many bits.
         dense: whether to run the dense model too.
         compiled: whether to run it with a static cache and ``torch.compile`` as well; that takes minutes.
         peers: whether to run llama.cpp, where it is installed, on a CPU and for a shape.
@@ -123,7 +126,7 @@ def bench_model(
             if progress is not None:
                 progress(done, total, f"{kind}, {batch} x {length}")
             done += 1
-            loops = list(_loops(model, kind, act_bits, dtype, head_bits, compiled))
+            loops = list(_loops(model, kind, act_bits, dtype, head_bits, cache_bits, compiled))
             if length + new_tokens > model.config.max_position_embeddings:
                 report.notes.append(f"prompts of {length} tokens are longer than the model reads: left out")
                 continue
@@ -166,7 +169,13 @@ class _Loop:
 
 
 def _loops(
-    model: Any, kind: str, act_bits: Sequence[int | None], dtype: torch.dtype, head_bits: int | None, compiled: bool
+    model: Any,
+    kind: str,
+    act_bits: Sequence[int | None],
+    dtype: torch.dtype,
+    head_bits: int | None,
+    cache_bits: int | None,
+    compiled: bool,
 ) -> Iterator[_Loop]:
     floats = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     if kind == "dense":
@@ -185,16 +194,17 @@ def _loops(
             unfuse(model)  # and with it what was captured for other activations
             quantise(model)
 
-        def prepare_fused(
-            model: Any, plain: Callable[[Any], None] = prepare_plain, head_bits: int | None = None
-        ) -> None:
+        def prepare_fused(model: Any, plain: Callable[[Any], None] = prepare_plain, **rounded: int) -> None:
             plain(model)
-            fuse(model, head_bits=head_bits)
+            fuse(model, **rounded)
 
         name = floats if bits is None else f"int{bits}"
         yield _Loop(kind, "fused", name, prepare_fused)
         if head_bits is not None:
             yield _Loop(kind, f"fused, {head_bits}-bit head", name, partial(prepare_fused, head_bits=head_bits))
+        if cache_bits is not None:
+            rounded = partial(prepare_fused, cache_bits=cache_bits)
+            yield _Loop(kind, f"fused, {cache_bits}-bit cache", name, rounded)
         yield _Loop(kind, "transformers", name, prepare_plain)
 
 

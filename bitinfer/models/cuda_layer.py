@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitinfer.backends.base import Problem
 from bitinfer.dispatch import select
-from bitinfer.models.cache import KVCache, Span
+from bitinfer.models.cache import KVCache, Span, read_cache
 from bitinfer.models.cpu_layer import linears_of, norms_of, state_of
 from bitinfer.models.layers import DecoderLayer, attend
 from bitinfer.nn import BinaryLinear
@@ -72,7 +72,7 @@ class CudaLayer:
         Args:
             x: ``[B, D]``.
             residual: ``[B, D]``, or None for zeros.
-            keys, values: ``[B, kv_heads, capacity, head_dim]`` of this layer.
+            keys, values: ``[B, kv_heads, capacity, head_dim]`` of this layer, or rounded rows.
             step: where the tokens are.
         """
         layer = self.layer
@@ -108,8 +108,14 @@ class CudaLayer:
         layer, batch = self.layer, keys.shape[0]
         (q, k, v), hidden = _normed(x, residual, layer.input_norm, (layer.q, layer.k, layer.v))
         torch.ops.bitinfer_native.rotate_cache(q, k, v, keys, values, span.cos, span.sin, span.start, *_norms(layer))
-        queries = q.unflatten(1, (-1, layer.head_dim)).unflatten(0, (batch, -1)).transpose(1, 2)
-        attended = attend(queries, keys[:, :, : span.read], values[:, :, : span.read], span, layer.scaling)
+        queries, new_keys, new_values = (
+            y.unflatten(1, (-1, layer.head_dim)).unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v)
+        )
+        seen = [keys[:, :, : span.read], values[:, :, : span.read]]
+        if keys.dtype == torch.uint8:  # of what came before; a prompt sees its own as they are
+            before = [read_cache(rows[:, :, : span.start], layer.head_dim, x.dtype) for rows in (keys, values)]
+            seen = [torch.cat(both, 2) for both in zip(before, (new_keys, new_values), strict=True)]
+        attended = attend(queries, seen[0], seen[1], span, layer.scaling)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
         out = _project(attended, layer.o)
         (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
@@ -118,14 +124,14 @@ class CudaLayer:
 
 def takes(layers: Sequence[DecoderLayer], norm: Any, cache: KVCache) -> bool:
     """Return whether :func:`run` can do what these layers and the norm behind them do over a cache."""
-    keys = cache.keys
-    if keys.device.type != "cuda" or keys.dtype not in DTYPES or keys.shape[-1] not in HEAD_DIMS:
+    dtype = cache.dtype
+    if cache.keys.device.type != "cuda" or dtype not in DTYPES or cache.head_dim not in HEAD_DIMS:
         return False
     # asks the device, and what is forced
-    problem = Problem("popcount_gemm", "cuda", keys.dtype, 8, cache.batch, ALIGNED, 128)
+    problem = Problem("popcount_gemm", "cuda", dtype, 8, cache.batch, ALIGNED, 128)
     if select(problem).name != "cuda" or not hasattr(torch.ops.bitinfer_native, "decode_attention"):
         return False
-    return _is_norm(norm, keys.dtype) and all(_takes(layer, cache) for layer in layers)
+    return _is_norm(norm, dtype) and all(_takes(layer, cache) for layer in layers)
 
 
 def run(layers: Sequence[DecoderLayer], norm: Any, embedded: Tensor, cache: KVCache, step: Step) -> Tensor:
@@ -206,7 +212,7 @@ def token_model(
         cache: that they write.
         last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
     """
-    if not ONE_LAUNCH or cache.batch != 1 or not takes(layers, norm, cache):
+    if not ONE_LAUNCH or cache.batch != 1 or cache.bits is not None or not takes(layers, norm, cache):
         return None
     if not hasattr(torch.ops.bitinfer_native, "token_model_step"):  # a library built before it
         return None
@@ -242,7 +248,7 @@ def _norms(layer: Any) -> tuple[Any, ...]:
 
 
 def _takes(layer: Any, cache: KVCache) -> bool:
-    dtype, kv_heads, head_dim = cache.keys.dtype, cache.keys.shape[2], cache.keys.shape[4]
+    dtype, kv_heads, head_dim = cache.dtype, cache.keys.shape[2], cache.head_dim
     groups = ((layer.q, layer.k, layer.v), (layer.o,), (layer.gate, layer.up), (layer.down,))
     if not all(_alike(group) for group in groups):
         return False

@@ -54,13 +54,17 @@ class Decoder:
     Args:
         model: a transformers model that :func:`obstacle` has nothing against. Its modules are used, not copied.
         head_bits: 8 rounds the rows of the head to 8 bits, as they are now; None takes it as it is.
+        cache_bits: 8 or 4 rounds keys and values; None keeps them as they are.
 
     Raises:
-        ValueError: ``head_bits`` is neither, or not possible for this model.
+        ValueError: one of these is something else, or not possible for this model.
     """
 
-    def __init__(self, model: Any, head_bits: int | None = None) -> None:
+    def __init__(self, model: Any, head_bits: int | None = None, cache_bits: int | None = None) -> None:
+        if cache_bits not in (None, 8, 4):
+            raise ValueError(f"cache_bits must be None, 8 or 4, got {cache_bits!r}")
         config = model.config
+        self.cache_bits = cache_bits
         self.embed: nn.Module = model.model.embed_tokens
         self.norm: nn.Module = model.model.norm
         self.head: Callable[[Tensor], Tensor] = (
@@ -97,14 +101,22 @@ class Decoder:
         self.native = cpu_layers(self.layers, self.norm, self.head, self.dtype, self.device, self.native)
         cache = self.cache
         fits = cache is not None and cache.batch == batch and slots <= cache.capacity <= 2 * round_capacity(slots)
-        if cache is None or not fits or cache.keys.dtype != self.dtype or cache.keys.device != self.device:
+        if cache is None or not fits or cache.dtype != self.dtype or cache.keys.device != self.device:
             self.cache = self.loop = cache = None  # the old one goes before the new one comes
             capacity = round_capacity(slots)
-            cache = KVCache(len(self.layers), batch, self.kv_heads, capacity, self.head_dim, self.dtype, self.device)
+            shape = (len(self.layers), batch, self.kv_heads, capacity, self.head_dim)
+            cache = KVCache(*shape, self.dtype, self.device, self.cache_bits)
             positions = torch.arange(capacity, device=self.device).unsqueeze(0)
             with torch.no_grad():
                 cos, sin = self.rope(torch.empty(0, dtype=self.dtype, device=self.device), positions)
             self.cache, self.cos, self.sin = cache, cos[0], sin[0]
+        if self.cache_bits is not None and not cuda_layer.takes(self.layers, self.norm, cache):
+            self.cache = None
+            raise ValueError(
+                f"cache_bits={self.cache_bits} needs an NVIDIA GPU, bitinfer's compiled CUDA kernels and a float16 or "
+                f"bfloat16 model whose layers these take, got {self.dtype} on {self.device}; see bitinfer doctor, or "
+                "leave cache_bits at None"
+            )
         last = self.token_model
         self.token_model = cuda_layer.token_model(self.layers, self.norm, cache, last)
         if self.token_model is not last:

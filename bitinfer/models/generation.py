@@ -95,7 +95,7 @@ class _Turn:
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
 
 
-def fuse(model: Model, *, head_bits: int | None = None) -> Model:
+def fuse(model: Model, *, head_bits: int | None = None, cache_bits: int | None = None) -> Model:
     """Have ``model.generate`` decode through bitinfer's own loop, and return the model.
 
     The loop holds keys and values in memory that is allocated once, reads the packed weights where they are, and on a
@@ -110,9 +110,13 @@ def fuse(model: Model, *, head_bits: int | None = None) -> Model:
         head_bits: 8 multiplies by a copy of the head whose rows are rounded to 8 bits, which in a small model is most
             of what a token reads; an approximation, which ``bitinfer verify --head-bits 8`` measures. On CPUs
             and NVIDIA GPUs, with the compiled kernels alone.
+        cache_bits: 8 or 4 rounds keys and values, 32 numbers to a scale, which for a binary model are most of the
+            memory at long contexts, and of what is read in large batches; an approximation, which ``bitinfer verify
+            --cache-bits 8`` measures. On NVIDIA GPUs, with the compiled kernels alone.
 
     Raises:
-        ValueError: it is of another kind, or has no packed layer; the message says what is in the way.
+        ValueError: it is of another kind, or has no packed layer, or cannot have such a head or cache; the message says
+            what is in the way.
     """
     if isinstance(model, FusedGeneration):
         unfuse(model)
@@ -121,7 +125,10 @@ def fuse(model: Model, *, head_bits: int | None = None) -> Model:
         reason = "it has no packed layer: convert it, or bitinfer.replace_linear(model) first"
     if reason is not None:
         raise ValueError(f"fuse: this model cannot be fused: {reason}")
-    _decoders[model] = Decoder(model, head_bits)
+    decoder = Decoder(model, head_bits, cache_bits)
+    if cache_bits is not None:
+        decoder.reserve(1, 1)  # which says what is in the way
+    _decoders[model] = decoder
     kind = type(model)
     model.__class__ = type(kind.__name__, (FusedGeneration, kind), {"__module__": kind.__module__})
     return model

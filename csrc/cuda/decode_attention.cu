@@ -6,7 +6,8 @@
 //   slot
 //
 // with j = h / (heads / kv_heads), sums in float32, and the roundings of transformers in front of them. For head_dim 64
-// and 128, up to 8 query heads to a key, 16-bit types, any batch.
+// and 128, up to 8 query heads to a key, 16-bit types, any batch. Keys and values before this token's may be rounded to
+// 8 or 4 bits (cache_row.cuh), and its own are rounded when they are stored.
 //
 //   cluster      the query heads of one key head of one sequence: keys and values are read once
 //   block        an even part of the slots before the new one; block 0 of a cluster adds the new one
@@ -20,6 +21,7 @@
 #include <algorithm>
 
 #include "attention_row.cuh"
+#include "cache_row.cuh"
 #include "decode_attention.h"
 
 namespace bitinfer::cuda {
@@ -42,11 +44,11 @@ __device__ __forceinline__ void store_to_block(const float* here, int block, flo
 }
 
 // kHeads: of a warp. The grid is (splits, kv_heads, batch), the first of these a cluster.
-template <typename T, int kDim, int kHeads>
+template <typename T, int kDim, int kHeads, int kBits>
 __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttention p, int key_warps, int head_groups) {
   constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kUnroll = unroll_of(kDim, kHeads);
-  constexpr int kPart = part_size(kDim), kColumns = kDim / 32, kRounds = 2;
+  constexpr int kPart = part_size(kDim), kColumns = kDim / 32, kRounds = 2, kRow = cache_row_bytes(kDim, kBits);
   extern __shared__ __align__(16) float shared[];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = key_warps * head_groups, key_warp = warp % key_warps, head_group = warp / key_warps;
@@ -69,22 +71,22 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
   const int share = (slot - first + splits - 1) / splits;
   const int begin = min(first + rank * share, slot), end = min(begin + share, slot);
   const int64_t cache_row = (sequence * p.kv_heads + kv_head) * p.capacity;
-  T* const keys = static_cast<T*>(p.keys) + cache_row * kDim;
-  T* const values = static_cast<T*>(p.values) + cache_row * kDim;
+  auto* const keys = static_cast<unsigned char*>(p.keys) + cache_row * kRow;
+  auto* const values = static_cast<unsigned char*>(p.values) + cache_row * kRow;
   const int column = lane % kLanes * kOctet, lane_slot = key_warp * kSlotsOfLoad + lane / kLanes;
   const int step = key_warps * kSlotsOfLoad;  // slots that a block loads at a time
-  uint4 k_raw[kUnroll], v_raw[kUnroll];
+  CacheOctet<kBits, kDim> k_raw[kUnroll], v_raw[kUnroll];
   const auto load_slots = [&](int at) {
+    const auto load = [&](CacheOctet<kBits, kDim>(&to)[kUnroll], const unsigned char* rows) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int s = at + u * step + lane_slot;
-      k_raw[u] = s < end ? load_quad(keys + static_cast<int64_t>(s) * kDim + column) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int s = at + u * step + lane_slot;
-      v_raw[u] = s < end ? load_quad(values + static_cast<int64_t>(s) * kDim + column) : make_uint4(0, 0, 0, 0);
-    }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int s = at + u * step + lane_slot;
+        to[u].clear();
+        if (s < end) to[u].load(rows + static_cast<int64_t>(s) * kRow, column);
+      }
+    };
+    load(k_raw, keys);
+    load(v_raw, values);
   };
   load_slots(begin);
   float cos[kColumns], sin[kColumns], weight[kRounds][kColumns];
@@ -133,11 +135,25 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
       const int at = lane + 32 * i;
       const float value = row_of[round].x[i];
       shared[row * kDim + at] = row == rows ? value : value * (p.scaling * kLog2E);
-      if (row == rows && rank == 0) keys[static_cast<int64_t>(slot) * kDim + at] = from_float<T>(value);
+      if (kBits == 16 && row == rows && rank == 0) {
+        reinterpret_cast<T*>(keys + static_cast<int64_t>(slot) * kRow)[at] = from_float<T>(value);
+      }
+    }
+    if constexpr (kBits < 16) {
+      if (row == rows && rank == 0) {
+        store_cache_row<kBits, kDim>(keys + static_cast<int64_t>(slot) * kRow, row_of[round].x, lane);
+      }
     }
   }
   if (has_new && head_group == 0) {
-    *reinterpret_cast<uint4*>(values + static_cast<int64_t>(slot) * kDim + column) = new_value;
+    unsigned char* const row = values + static_cast<int64_t>(slot) * kRow;
+    if constexpr (kBits == 16) {
+      *reinterpret_cast<uint4*>(row + 2 * column) = new_value;
+    } else {
+      float value[kOctet];
+      unpack<T>(new_value, value);
+      store_cache_octet<kBits, kDim>(row, column, value, (1u << kLanes) - 1);
+    }
   }
   __syncthreads();
 
@@ -173,12 +189,13 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float key[kOctet];
-      unpack<T>(k_raw[u], key);
+      k_raw[u].template unpack<T>(key);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         score[h][u] = 0;
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) score[h][u] += q[h][j] * key[j];
+        if (kBits < 16) score[h][u] *= k_raw[u].scale();
       }
     }
 #pragma unroll
@@ -211,11 +228,12 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float value[kOctet];
-      unpack<T>(v_raw[u], value);
+      v_raw[u].template unpack<T>(value);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
+        const float weight_of_value = kBits < 16 ? score[h][u] * v_raw[u].scale() : score[h][u];
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) sum[h][j] += score[h][u] * value[j];
+        for (int j = 0; j < kOctet; ++j) sum[h][j] += weight_of_value * value[j];
       }
     }
   }
@@ -296,11 +314,11 @@ __global__ void __launch_bounds__(kMaxThreads, kHeads <= 2 ? 2 : 1)
 #endif
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kBits>
 cudaError_t run(const DecodeAttention& p, const AttentionPlan& plan, const Launch& on) {
-  const auto kernel = plan.heads == 1   ? decode_attention_kernel<T, kDim, 1>
-                      : plan.heads == 2 ? decode_attention_kernel<T, kDim, 2>
-                                        : decode_attention_kernel<T, kDim, 4>;
+  const auto kernel = plan.heads == 1   ? decode_attention_kernel<T, kDim, 1, kBits>
+                      : plan.heads == 2 ? decode_attention_kernel<T, kDim, 2, kBits>
+                                        : decode_attention_kernel<T, kDim, 4, kBits>;
   if (plan.shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
@@ -331,6 +349,7 @@ AttentionPlan decode_attention_plan(const DecodeAttention& p, const Device& devi
   };
   if (p.batch < 1 || p.batch > 65535 || p.kv_heads < 1 || p.kv_heads > 65535 || p.capacity < 1) return plan;
   if (p.dtype == Dtype::kFloat32 || (p.dim != 64 && p.dim != 128) || p.heads % p.kv_heads != 0) return plan;
+  if (p.cache_bits != 16 && p.cache_bits != 8 && p.cache_bits != 4) return plan;
   if (!is_aligned(p.v, p.v_stride) || !is_aligned(p.keys, 0) || !is_aligned(p.values, 0)) return plan;
   const int group = p.heads / p.kv_heads;
   if (group > kMaxHeadsOfKey) return plan;
@@ -353,7 +372,14 @@ AttentionPlan decode_attention_plan(const DecodeAttention& p, const Device& devi
 }
 
 cudaError_t decode_attention(const DecodeAttention& p, const AttentionPlan& plan, const Launch& on) {
-  const auto dims = [&]<typename T>(T) { return p.dim == 64 ? run<T, 64>(p, plan, on) : run<T, 128>(p, plan, on); };
+  const auto bits = [&]<typename T, int kDim>() {
+    return p.cache_bits == 16  ? run<T, kDim, 16>(p, plan, on)
+           : p.cache_bits == 8 ? run<T, kDim, 8>(p, plan, on)
+                               : run<T, kDim, 4>(p, plan, on);
+  };
+  const auto dims = [&]<typename T>(T) {
+    return p.dim == 64 ? bits.template operator()<T, 64>() : bits.template operator()<T, 128>();
+  };
   return p.dtype == Dtype::kFloat16 ? dims(__half{}) : dims(__nv_bfloat16{});
 }
 

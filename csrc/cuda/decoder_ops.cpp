@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "cache_row.h"
 #include "choose_greedy.h"
 #include "decode_attention.h"
 #include "decoder_rows.h"
@@ -227,20 +228,49 @@ const int64_t* integers(const Call& call, const char* name, const Tensor& tensor
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
+// Keys and values of a layer, [B, kv_heads, capacity, dim] of a type or rows of cache_row.cuh as bytes.
+struct CacheCall {
+  int64_t batch, kv_heads, capacity;
+  int bits = 16;
+
+  CacheCall(const Call& call, const Tensor& keys, const Tensor& values, ScalarType dtype, int64_t dim) {
+    STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) > 0 && keys.size(1) > 0 && keys.size(2) < int64_t{1} << 31, call.op,
+                    ": keys must be [B, kv_heads, capacity, head_dim], got ", to_string(sizes_of(keys)));
+    batch = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2);
+    check_shape(call, "values", values, sizes_of(keys));
+    const ScalarType type = keys.scalar_type();
+    for (const auto& [name, tensor] : {std::pair{"keys", &keys}, {"values", &values}}) {
+      call.check_device(name, *tensor);
+      STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() &&
+                          reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
+                      call.op, ": ", name, " must be contiguous, aligned and of one dtype");
+    }
+    if (type == ScalarType::Byte) {
+      const auto rounded_to = [&](int to) { return keys.size(3) == cuda::cache_row_bytes(static_cast<int>(dim), to); };
+      bits = rounded_to(8) ? 8 : rounded_to(4) ? 4 : 0;
+    } else if (type != dtype || keys.size(3) != dim) {
+      bits = 0;
+    }
+    STD_TORCH_CHECK(bits != 0, call.op, ": keys must have the dtype of q and rows of ", dim,
+                    ", or be torch.uint8 with rows of 8 or 4 bits a number, got rows of ", keys.size(3));
+  }
+};
+
 Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor slot,
                         OptionalTensor padding, OptionalTensor q_norm, OptionalTensor k_norm, double q_eps,
                         double k_eps, double scaling, bool settled) {
   const OnDevice on("decode_attention", q, settled);
   const Call& call = on.call;
   const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) > 0 && keys.size(1) > 0 && keys.size(3) > 0, call.op,
-                  ": keys must be [B, kv_heads, capacity, head_dim], got ", to_string(sizes_of(keys)));
-  const int64_t batch = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2), dim = keys.size(3);
-  STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % (kv_heads * dim) == 0 && capacity < (int64_t{1} << 31), call.op,
+  STD_TORCH_CHECK(cos.dim() == 2 && cos.size(1) > 0 && cos.size(1) <= 1024, call.op,
+                  ": cos must be [capacity, head_dim], got ", to_string(sizes_of(cos)));
+  const int64_t dim = cos.size(1);
+  const CacheCall cache(call, keys, values, dtype, dim);
+  const int64_t batch = cache.batch, kv_heads = cache.kv_heads, capacity = cache.capacity;
+  STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % (kv_heads * dim) == 0, call.op,
                   ": q must be [B, heads * head_dim] with heads a multiple of ", kv_heads, ", got ",
                   to_string(sizes_of(q)));
-  check_shape(call, "values", values, sizes_of(keys));
-  for (const auto& [name, tensor] : {std::pair{"keys", &keys}, {"values", &values}, {"cos", &cos}, {"sin", &sin}}) {
+  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
     call.check_device(name, *tensor);
     STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->is_contiguous(), call.op, ": ", name,
                     " must be contiguous and have the dtype of q");
@@ -281,6 +311,7 @@ Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values
   p.kv_heads = static_cast<int>(kv_heads);
   p.dim = static_cast<int>(dim);
   p.capacity = static_cast<int>(capacity);
+  p.cache_bits = cache.bits;
   const cuda::AttentionPlan plan = cuda::decode_attention_plan(p, on.launch.device);
   STD_TORCH_CHECK(plan, call.op, ": expected float16 or bfloat16 in aligned rows, head_dim 64 or 128 and at most ",
                   cuda::kMaxHeadsOfKey, " query heads to a key");
@@ -295,19 +326,20 @@ void rotate_cache(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tens
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, call.op,
                   ": q must be float16 or bfloat16");
-  STD_TORCH_CHECK(keys.dim() == 4 && (keys.size(3) == 64 || keys.size(3) == 128), call.op,
-                  ": keys must be [B, kv_heads, capacity, 64 or 128], got ", to_string(sizes_of(keys)));
-  const int64_t batch = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2), dim = keys.size(3);
-  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(0) == 1 || cos.size(0) == batch) && cos.size(2) == dim, call.op,
-                  ": cos must be [B or 1, T, head_dim], got ", to_string(sizes_of(cos)));
+  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(2) == 64 || cos.size(2) == 128), call.op,
+                  ": cos must be [B or 1, T, 64 or 128], got ", to_string(sizes_of(cos)));
+  const int64_t dim = cos.size(2);
+  const CacheCall cache(call, keys, values, dtype, dim);
+  const int64_t batch = cache.batch, kv_heads = cache.kv_heads, capacity = cache.capacity;
+  STD_TORCH_CHECK(cos.size(0) == 1 || cos.size(0) == batch, call.op, ": cos must be of 1 or ", batch,
+                  " sequences, got ", cos.size(0));
   const int64_t tokens = cos.size(1), m = batch * tokens;
-  STD_TORCH_CHECK(start >= 0 && start + tokens <= capacity && capacity < int64_t{1} << 31 && m < int64_t{1} << 31,
-                  call.op, ": ", tokens, " tokens from slot ", start, " do not fit a cache of ", capacity);
+  STD_TORCH_CHECK(start >= 0 && start + tokens <= capacity && m < int64_t{1} << 31, call.op, ": ", tokens,
+                  " tokens from slot ", start, " do not fit a cache of ", capacity);
   STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % dim == 0 && q.size(1) / dim + 2 * kv_heads < 65536, call.op,
                   ": q must be [B * T, heads * head_dim], got ", to_string(sizes_of(q)));
-  check_shape(call, "values", values, sizes_of(keys));
   check_shape(call, "sin", sin, sizes_of(cos));
-  for (const auto& [name, tensor] : {std::pair{"keys", &keys}, {"values", &values}, {"cos", &cos}, {"sin", &sin}}) {
+  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
     call.check_device(name, *tensor);
     STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->is_contiguous() &&
                         reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
@@ -326,11 +358,12 @@ void rotate_cache(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tens
                     ": rows of q, k and v must start at multiples of 16 bytes");
   }
   // Rows may have copied what it cannot read in place; what is turned must be the caller's
-  STD_TORCH_CHECK(queries.data.data == q.const_data_ptr(), call.op, ": rows of q must be contiguous");
+  STD_TORCH_CHECK(queries.data.data == q.const_data_ptr() && new_keys.data.data == k.const_data_ptr(), call.op,
+                  ": rows of q and k must be contiguous");
   cuda::RotateCache p;
   p.dtype = queries.data.dtype;
   p.q = q.mutable_data_ptr();
-  p.k = new_keys.data.data;
+  p.k = k.mutable_data_ptr();
   p.v = new_values.data.data;
   p.q_stride = queries.stride;
   p.k_stride = new_keys.stride;
@@ -350,6 +383,7 @@ void rotate_cache(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tens
   p.dim = static_cast<int>(dim);
   p.capacity = static_cast<int>(capacity);
   p.start = static_cast<int>(start);
+  p.cache_bits = cache.bits;
   p.shared_angles = cos.size(0) == 1;
   check(call, cuda::rotate_cache(p, on.launch));
 }
@@ -422,10 +456,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin,"
       " Tensor slot, Tensor? padding, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps, float scaling,"
       " bool settled) -> Tensor");
-  // Norms q and k of a prompt, if they have norms, turns them to their positions, q in place, and writes k and v to
-  // slots from `start` on; rows are tokens, those of a sequence one behind the other.
+  // Norms q and k of a prompt, if they have norms, turns them to their positions, q in place, and k too if the cache is
+  // rounded, and writes k and v to slots from `start` on; rows are tokens, those of a sequence one behind the other.
   m.def(
-      "rotate_cache(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) keys, Tensor(c!) values, Tensor cos, Tensor sin,"
+      "rotate_cache(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) keys, Tensor(d!) values, Tensor cos, Tensor sin,"
       " int start, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps) -> ()");
   // The likeliest tokens, or `pad` where a sequence has finished; advances slot, and marks ends and what was seen.
   m.def(

@@ -1,12 +1,16 @@
 // Queries and keys of a prompt get their norm, if they have one, and their rotary embedding, and keys and values go to
 // the cache, in one pass:
 //
-//   x = RMSNorm(x) * weight                 of a head, in q and k, Qwen3 alone
-//   q, k = x * cos + turned(x) * sin        turned(x) = -second half, first half; each step rounded as transformers
-//   does keys, values [b, h, start + t] = k, v [b * tokens + t, h]
+//   x = RMSNorm(x) * weight                   of a head, in q and k, Qwen3 alone
+//   q, k = x * cos + turned(x) * sin          turned(x) = -second half, first half; q where it is, and k too if
+//                                             the cache is rounded, for attention to read
+//   keys, values [b, h, start + t] = k, v     rounded to 8 or 4 bits where the cache is (cache_row.cuh)
+//
+// each step rounded as transformers does it.
 //
 // Mapping: a thread has eight columns of a head's first half and the eight that they turn with in its second; a block
 // row is a token. Bounds: memory, each number is read once and written once.
+#include "cache_row.cuh"
 #include "octet.cuh"
 #include "reduce.cuh"
 #include "rotate_cache.h"
@@ -21,7 +25,7 @@ __device__ __forceinline__ void store(void* row, int64_t at, const uint4& octet)
   *reinterpret_cast<uint4*>(static_cast<T*>(row) + at) = octet;
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kBits>
 __global__ void __launch_bounds__(kThreads) rotate_cache_kernel(const __grid_constant__ RotateCache p) {
   constexpr int kHalf = kDim / 2, kLanes = kHalf / kOctet;
   const int unit = static_cast<int>(blockIdx.y * kThreads + threadIdx.x), all = p.heads + 2 * p.kv_heads;
@@ -94,16 +98,27 @@ __global__ void __launch_bounds__(kThreads) rotate_cache_kernel(const __grid_con
     high = round_octet(turned[1], T{});
   }
   if (!valid) return;
-  if (is_q) {
-    const int64_t at = row * p.q_stride + head * kDim + column;
-    store<T>(p.q, at, low);
-    store<T>(p.q, at + kHalf, high);
-    return;
+  if (is_q || (kBits < 16 && !is_v)) {
+    void* const row_of_x = is_q ? p.q : p.k;
+    const int64_t at = row * (is_q ? p.q_stride : p.k_stride) + head * kDim + column;
+    store<T>(row_of_x, at, low);
+    store<T>(row_of_x, at + kHalf, high);
+    if (is_q) return;
   }
   const int64_t slot = (static_cast<int64_t>(sequence) * p.kv_heads + head) * p.capacity + p.start + token;
-  void* const cache = is_v ? p.values : p.keys;
-  store<T>(cache, slot * kDim + column, low);
-  store<T>(cache, slot * kDim + column + kHalf, high);
+  unsigned char* const cached =
+      static_cast<unsigned char*>(is_v ? p.values : p.keys) + slot * cache_row_bytes(kDim, kBits);
+  if constexpr (kBits == 16) {
+    store<T>(cached, column, low);
+    store<T>(cached, column + kHalf, high);
+  } else {
+    const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
+    float x[kOctet];
+    unpack<T>(low, x);
+    store_cache_octet<kBits, kDim>(cached, column, x, lanes);
+    unpack<T>(high, x);
+    store_cache_octet<kBits, kDim>(cached, column + kHalf, x, lanes);
+  }
 }
 
 }  // namespace
@@ -114,10 +129,15 @@ cudaError_t rotate_cache(const RotateCache& p, const Launch& on) {
   const dim3 grid(static_cast<unsigned>(p.batch) * static_cast<unsigned>(p.tokens),
                   static_cast<unsigned>((units + kThreads - 1) / kThreads));
   const auto run = [&](auto kernel) { return launch(kernel, on, grid, dim3(kThreads), 0, true, p); };
-  if (p.dtype == Dtype::kFloat16) {
-    return p.dim == 64 ? run(rotate_cache_kernel<__half, 64>) : run(rotate_cache_kernel<__half, 128>);
-  }
-  return p.dim == 64 ? run(rotate_cache_kernel<__nv_bfloat16, 64>) : run(rotate_cache_kernel<__nv_bfloat16, 128>);
+  const auto bits = [&]<typename T, int kDim>() {
+    return p.cache_bits == 16  ? run(rotate_cache_kernel<T, kDim, 16>)
+           : p.cache_bits == 8 ? run(rotate_cache_kernel<T, kDim, 8>)
+                               : run(rotate_cache_kernel<T, kDim, 4>);
+  };
+  const auto dims = [&]<typename T>(T) {
+    return p.dim == 64 ? bits.template operator()<T, 64>() : bits.template operator()<T, 128>();
+  };
+  return p.dtype == Dtype::kFloat16 ? dims(__half{}) : dims(__nv_bfloat16{});
 }
 
 }  // namespace bitinfer::cuda
