@@ -142,6 +142,13 @@ struct Rows {
   }
 };
 
+// Rows of a matrix of a given shape and type.
+inline Rows matrix(const Call& call, const char* name, const Tensor& tensor, int64_t m, int64_t k, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, call.op, ": ", name, " must have the dtype of the others");
+  check_shape(call, name, tensor, {m, k});
+  return Rows(call, name, tensor);
+}
+
 inline void check_sizes(const Call& call, int64_t block_size, int64_t group_size) {
   STD_TORCH_CHECK(group_size >= 0 && group_size % 32 == 0, call.op, ": group_size must be 0 or a multiple of 32, got ",
                   group_size);

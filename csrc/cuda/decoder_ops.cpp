@@ -5,12 +5,9 @@
 #include <span>
 #include <vector>
 
-#include "cache_row.h"
 #include "choose_greedy.h"
-#include "decode_attention.h"
 #include "decoder_rows.h"
 #include "on_device.h"
-#include "rotate_cache.h"
 #include "sign_gemm_decode.h"
 
 namespace {
@@ -28,12 +25,6 @@ void check_counts(const Call& call, size_t count, const Lists&... lists) {
   STD_TORCH_CHECK(count >= 1 && count <= cuda::kMaxProducts, call.op, ": expected 1 to ", cuda::kMaxProducts,
                   " weights, got ", count);
   STD_TORCH_CHECK(((lists.size() == count) && ...), call.op, ": all lists must have one entry a weight, ", count);
-}
-
-Rows matrix(const Call& call, const char* name, const Tensor& tensor, int64_t m, int64_t k, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, call.op, ": ", name, " must have the dtype of the others");
-  check_shape(call, name, tensor, {m, k});
-  return Rows(call, name, tensor);
 }
 
 // x [m, k] and a residual like it, with the weight of the norm behind their sum.
@@ -221,173 +212,6 @@ Tensors sign_gemm_several(Tensor x, Tensors weight, int64_t in_features, Optiona
   return outputs_of(calls);
 }
 
-const int64_t* integers(const Call& call, const char* name, const Tensor& tensor, int64_t count) {
-  check_dtype(call, name, tensor, ScalarType::Long, "torch.int64");
-  STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous(), call.op, ": ", name, " must have ", count,
-                  " contiguous entries");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
-}
-
-// Keys and values of a layer, [B, kv_heads, capacity, dim] of a type or rows of cache_row.cuh as bytes.
-struct CacheCall {
-  int64_t batch, kv_heads, capacity;
-  int bits = 16;
-
-  CacheCall(const Call& call, const Tensor& keys, const Tensor& values, ScalarType dtype, int64_t dim) {
-    STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) > 0 && keys.size(1) > 0 && keys.size(2) < int64_t{1} << 31, call.op,
-                    ": keys must be [B, kv_heads, capacity, head_dim], got ", to_string(sizes_of(keys)));
-    batch = keys.size(0), kv_heads = keys.size(1), capacity = keys.size(2);
-    check_shape(call, "values", values, sizes_of(keys));
-    const ScalarType type = keys.scalar_type();
-    for (const auto& [name, tensor] : {std::pair{"keys", &keys}, {"values", &values}}) {
-      call.check_device(name, *tensor);
-      STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() &&
-                          reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
-                      call.op, ": ", name, " must be contiguous, aligned and of one dtype");
-    }
-    if (type == ScalarType::Byte) {
-      const auto rounded_to = [&](int to) { return keys.size(3) == cuda::cache_row_bytes(static_cast<int>(dim), to); };
-      bits = rounded_to(8) ? 8 : rounded_to(4) ? 4 : 0;
-    } else if (type != dtype || keys.size(3) != dim) {
-      bits = 0;
-    }
-    STD_TORCH_CHECK(bits != 0, call.op, ": keys must have the dtype of q and rows of ", dim,
-                    ", or be torch.uint8 with rows of 8 or 4 bits a number, got rows of ", keys.size(3));
-  }
-};
-
-Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor slot,
-                        OptionalTensor padding, OptionalTensor q_norm, OptionalTensor k_norm, double q_eps,
-                        double k_eps, double scaling, bool settled) {
-  const OnDevice on("decode_attention", q, settled);
-  const Call& call = on.call;
-  const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(cos.dim() == 2 && cos.size(1) > 0 && cos.size(1) <= 1024, call.op,
-                  ": cos must be [capacity, head_dim], got ", to_string(sizes_of(cos)));
-  const int64_t dim = cos.size(1);
-  const CacheCall cache(call, keys, values, dtype, dim);
-  const int64_t batch = cache.batch, kv_heads = cache.kv_heads, capacity = cache.capacity;
-  STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % (kv_heads * dim) == 0, call.op,
-                  ": q must be [B, heads * head_dim] with heads a multiple of ", kv_heads, ", got ",
-                  to_string(sizes_of(q)));
-  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
-    call.check_device(name, *tensor);
-    STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->is_contiguous(), call.op, ": ", name,
-                    " must be contiguous and have the dtype of q");
-  }
-  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
-    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) >= capacity && tensor->size(1) == dim, call.op, ": ", name,
-                    " must be [capacity, head_dim], got ", to_string(sizes_of(*tensor)));
-  }
-  for (const auto& [name, tensor] : {std::pair{"q_norm", &q_norm}, {"k_norm", &k_norm}}) {
-    STD_TORCH_CHECK(!*tensor || (*tensor)->scalar_type() == dtype, call.op, ": ", name, " must have the dtype of q");
-  }
-  const Rows queries = matrix(call, "q", q, batch, q.size(1), dtype);
-  const Rows new_keys = matrix(call, "k", k, batch, kv_heads * dim, dtype);
-  const Rows new_values = matrix(call, "v", v, batch, kv_heads * dim, dtype);
-  Tensor out = empty(call, sizes_of(q), dtype);
-  cuda::DecodeAttention p;
-  p.dtype = queries.data.dtype;
-  p.q = queries.data.data;
-  p.k = new_keys.data.data;
-  p.v = new_values.data.data;
-  p.q_stride = queries.stride;
-  p.k_stride = new_keys.stride;
-  p.v_stride = new_values.stride;
-  p.keys = keys.mutable_data_ptr();
-  p.values = values.mutable_data_ptr();
-  p.cos = cos.const_data_ptr();
-  p.sin = sin.const_data_ptr();
-  p.q_norm = floats(call, "q_norm", q_norm, {dim}).data;
-  p.k_norm = floats(call, "k_norm", k_norm, {dim}).data;
-  p.slot = integers(call, "slot", slot, 1);
-  p.padding = padding ? integers(call, "padding", *padding, batch) : nullptr;
-  p.q_eps = static_cast<float>(q_eps);
-  p.k_eps = static_cast<float>(k_eps);
-  p.scaling = static_cast<float>(scaling);
-  p.out = out.mutable_data_ptr();
-  p.batch = static_cast<int>(batch);
-  p.heads = static_cast<int>(q.size(1) / dim);
-  p.kv_heads = static_cast<int>(kv_heads);
-  p.dim = static_cast<int>(dim);
-  p.capacity = static_cast<int>(capacity);
-  p.cache_bits = cache.bits;
-  const cuda::AttentionPlan plan = cuda::decode_attention_plan(p, on.launch.device);
-  STD_TORCH_CHECK(plan, call.op, ": expected float16 or bfloat16 in aligned rows, head_dim 64 or 128 and at most ",
-                  cuda::kMaxHeadsOfKey, " query heads to a key");
-  check(call, cuda::decode_attention(p, plan, on.launch));
-  return out;
-}
-
-void rotate_cache(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor cos, Tensor sin, int64_t start,
-                  OptionalTensor q_norm, OptionalTensor k_norm, double q_eps, double k_eps) {
-  const OnDevice on("rotate_cache", q);
-  const Call& call = on.call;
-  const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, call.op,
-                  ": q must be float16 or bfloat16");
-  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(2) == 64 || cos.size(2) == 128), call.op,
-                  ": cos must be [B or 1, T, 64 or 128], got ", to_string(sizes_of(cos)));
-  const int64_t dim = cos.size(2);
-  const CacheCall cache(call, keys, values, dtype, dim);
-  const int64_t batch = cache.batch, kv_heads = cache.kv_heads, capacity = cache.capacity;
-  STD_TORCH_CHECK(cos.size(0) == 1 || cos.size(0) == batch, call.op, ": cos must be of 1 or ", batch,
-                  " sequences, got ", cos.size(0));
-  const int64_t tokens = cos.size(1), m = batch * tokens;
-  STD_TORCH_CHECK(start >= 0 && start + tokens <= capacity && m < int64_t{1} << 31, call.op, ": ", tokens,
-                  " tokens from slot ", start, " do not fit a cache of ", capacity);
-  STD_TORCH_CHECK(q.dim() == 2 && q.size(1) % dim == 0 && q.size(1) / dim + 2 * kv_heads < 65536, call.op,
-                  ": q must be [B * T, heads * head_dim], got ", to_string(sizes_of(q)));
-  check_shape(call, "sin", sin, sizes_of(cos));
-  for (const auto& [name, tensor] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
-    call.check_device(name, *tensor);
-    STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->is_contiguous() &&
-                        reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0,
-                    call.op, ": ", name, " must be contiguous, aligned and have the dtype of q");
-  }
-  for (const auto& [name, tensor] : {std::pair{"q_norm", &q_norm}, {"k_norm", &k_norm}}) {
-    STD_TORCH_CHECK(!*tensor || ((*tensor)->scalar_type() == dtype &&
-                                 reinterpret_cast<uintptr_t>((*tensor)->const_data_ptr()) % 16 == 0),
-                    call.op, ": ", name, " must be aligned and have the dtype of q");
-  }
-  const Rows queries = matrix(call, "q", q, m, q.size(1), dtype);
-  const Rows new_keys = matrix(call, "k", k, m, kv_heads * dim, dtype);
-  const Rows new_values = matrix(call, "v", v, m, kv_heads * dim, dtype);
-  for (const Rows* rows : {&queries, &new_keys, &new_values}) {
-    STD_TORCH_CHECK(cuda::takes_rows(rows->data.data, rows->stride, rows->data.dtype, dim), call.op,
-                    ": rows of q, k and v must start at multiples of 16 bytes");
-  }
-  // Rows may have copied what it cannot read in place; what is turned must be the caller's
-  STD_TORCH_CHECK(queries.data.data == q.const_data_ptr() && new_keys.data.data == k.const_data_ptr(), call.op,
-                  ": rows of q and k must be contiguous");
-  cuda::RotateCache p;
-  p.dtype = queries.data.dtype;
-  p.q = q.mutable_data_ptr();
-  p.k = k.mutable_data_ptr();
-  p.v = new_values.data.data;
-  p.q_stride = queries.stride;
-  p.k_stride = new_keys.stride;
-  p.v_stride = new_values.stride;
-  p.keys = keys.mutable_data_ptr();
-  p.values = values.mutable_data_ptr();
-  p.cos = cos.const_data_ptr();
-  p.sin = sin.const_data_ptr();
-  p.q_norm = floats(call, "q_norm", q_norm, {dim}).data;
-  p.k_norm = floats(call, "k_norm", k_norm, {dim}).data;
-  p.q_eps = static_cast<float>(q_eps);
-  p.k_eps = static_cast<float>(k_eps);
-  p.batch = static_cast<int>(batch);
-  p.tokens = static_cast<int>(tokens);
-  p.heads = static_cast<int>(q.size(1) / dim);
-  p.kv_heads = static_cast<int>(kv_heads);
-  p.dim = static_cast<int>(dim);
-  p.capacity = static_cast<int>(capacity);
-  p.start = static_cast<int>(start);
-  p.cache_bits = cache.bits;
-  p.shared_angles = cos.size(0) == 1;
-  check(call, cuda::rotate_cache(p, on.launch));
-}
-
 void choose_greedy(Tensor logits, double penalty, OptionalTensor seen, Tensor finished, OptionalTensor ends, Tensor pad,
                    Tensor tokens, OptionalTensor slot) {
   const OnDevice on("choose_greedy", logits);
@@ -450,17 +274,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   m.def(
       "sign_gemm_several(Tensor x, Tensor[] weight, int in_features, Tensor?[] weight_scale, Tensor?[] in_scale,"
       " Tensor?[] in_shift, Tensor?[] group_shift, Tensor?[] bias, int group_size, float? norm_eps) -> Tensor[]");
-  // With `settled` no kernel still under way on the stream writes slot, padding, cos, sin, or keys and values of slots
-  // before this one.
-  m.def(
-      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin,"
-      " Tensor slot, Tensor? padding, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps, float scaling,"
-      " bool settled) -> Tensor");
-  // Norms q and k of a prompt, if they have norms, turns them to their positions, q in place, and k too if the cache is
-  // rounded, and writes k and v to slots from `start` on; rows are tokens, those of a sequence one behind the other.
-  m.def(
-      "rotate_cache(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) keys, Tensor(d!) values, Tensor cos, Tensor sin,"
-      " int start, Tensor? q_norm, Tensor? k_norm, float q_eps, float k_eps) -> ()");
   // The likeliest tokens, or `pad` where a sequence has finished; advances slot, and marks ends and what was seen.
   m.def(
       "choose_greedy(Tensor logits, float penalty, Tensor(a!)? seen, Tensor(b!) finished, Tensor? ends, Tensor pad,"
@@ -473,7 +286,5 @@ STABLE_TORCH_LIBRARY_IMPL(bitinfer_native, CUDA, m) {
   m.impl("rms_norm_packs", TORCH_BOX(&rms_norm_packs));
   m.impl("popcount_gemm_several", TORCH_BOX(&popcount_gemm_several));
   m.impl("sign_gemm_several", TORCH_BOX(&sign_gemm_several));
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
-  m.impl("rotate_cache", TORCH_BOX(&rotate_cache));
   m.impl("choose_greedy", TORCH_BOX(&choose_greedy));
 }
