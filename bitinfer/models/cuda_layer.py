@@ -1,10 +1,10 @@
 """Decoder layers on an NVIDIA GPU: for one token of each sequence eight or nine kernels, and nothing for the host.
 
-Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` do: the sum
-with the residual, the norm and the packing of q, k and v; these in one product; rotary embedding, cache and attention;
-packing and product of the output; the same again for gate and up; SiLU, packing and product of down. The sum behind
-down is left to the next layer, and the last one to the final norm. Prompts take the same norms, packs and products, and
-torch's attention.
+Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` and
+``attention_ops.cpp`` do: the sum with the residual, the norm and the packing of q, k and v; these in one product; rotary
+embedding, cache and attention; packing and product of the output; the same again for gate and up; SiLU, packing and
+product of down. The sum behind down is left to the next layer, and the last one to the final norm. Prompts take the same
+norms, packs and products, and torch's attention.
 
 One sequence goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes the model;
 ``BITINFER_ONE_LAUNCH=0`` leaves it to the kernels.
@@ -92,8 +92,8 @@ class CudaLayer:
             True,
         )
         out = _project(attended, layer.o)
-        (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
-        return _project_gated(gate, up, layer.down), hidden
+        gated, hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
+        return _project_gated(gated, layer.down), hidden
 
     def prompt(
         self, x: Tensor, residual: Tensor | None, keys: Tensor, values: Tensor, span: Span
@@ -117,9 +117,11 @@ class CudaLayer:
             seen = [torch.cat(both, 2) for both in zip(before, (new_keys, new_values), strict=True)]
         attended = attend(queries, seen[0], seen[1], span, layer.scaling)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
+        del q, k, v, queries, new_keys, new_values, seen  # long prompts need the memory
         out = _project(attended, layer.o)
-        (gate, up), hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
-        return _project_gated(gate, up, layer.down), hidden
+        del attended
+        gated, hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
+        return _project_gated(gated, layer.down), hidden
 
 
 def takes(layers: Sequence[DecoderLayer], norm: Any, cache: KVCache) -> bool:
@@ -338,15 +340,15 @@ def _project(x: Tensor, projection: BinaryLinear) -> Tensor:
     return _multiply_packed(packed, projection, x.dtype)
 
 
-def _project_gated(gate: Tensor, up: Tensor, projection: BinaryLinear) -> Tensor:
-    """Return the projection of ``silu(gate) * up``."""
+def _project_gated(gated: list[Tensor], projection: BinaryLinear) -> Tensor:
+    """Return the projection of ``silu(gate) * up``; with many tokens the list is emptied, for the memory."""
     native = torch.ops.bitinfer_native
-    if projection.act_bits is None:
-        return _multiply(native.silu_mul(gate, up), projection)
-    if len(gate) > MANY:
-        return _project(native.silu_mul(gate, up), projection)
-    packed = native.silu_mul_pack_activations_settled(gate, up, *_packing(projection))
-    return _multiply_packed(packed, projection, gate.dtype)
+    if projection.act_bits is None or len(gated[0]) > MANY:
+        inner = native.silu_mul(*gated)
+        gated.clear()
+        return _project(inner, projection)
+    packed = native.silu_mul_pack_activations_settled(*gated, *_packing(projection))
+    return _multiply_packed(packed, projection, gated[0].dtype)
 
 
 def _packing(p: BinaryLinear) -> tuple[Any, ...]:
