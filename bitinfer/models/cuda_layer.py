@@ -1,10 +1,10 @@
 """Decoder layers on an NVIDIA GPU: for one token of each sequence eight or nine kernels, and nothing for the host.
 
 Each kernel is launched in the shadow of the one ahead of it, which the ops in ``csrc/cuda/decoder_ops.cpp`` and
-``attention_ops.cpp`` do: the sum with the residual, the norm and the packing of q, k and v; these in one product; rotary
-embedding, cache and attention; packing and product of the output; the same again for gate and up; SiLU, packing and
-product of down. The sum behind down is left to the next layer, and the last one to the final norm. Prompts take the same
-norms, packs and products, and torch's attention.
+``attention_ops.cpp`` do: the sum with the residual, the norm and the packing of q, k and v; these in one product;
+rotary embedding, cache and attention; packing and product of the output; the same again for gate and up; SiLU, packing
+and product of down. The sum behind down is left to the next layer, and the last one to the final norm. Prompts take the
+same norms, packs and products, and torch's attention.
 
 One sequence goes through all layers in one launch, where ``csrc/cuda/decode_token.cu`` takes the model;
 ``BITINFER_ONE_LAUNCH=0`` leaves it to the kernels.
