@@ -181,14 +181,15 @@ class TokenModel:
 
     Args:
         layers, norm: those that :func:`token_model` found fit.
+        cache_bits: of keys and values.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: Any) -> None:
-        self.state = state_of(layers, norm, None)
+    def __init__(self, layers: Sequence[DecoderLayer], norm: Any, cache_bits: int) -> None:
+        self.state = (cache_bits, state_of(layers, norm, None))
         first: Any = layers[0]
         native = torch.ops.bitinfer_native
         self.handle: int = native.token_model_new(
-            norm.weight, norm.variance_epsilon, *_shape(first)[:2], first.scaling, *_shape(first)[2:]
+            norm.weight, norm.variance_epsilon, *_shape(first)[:2], first.scaling, *_shape(first)[2:], cache_bits
         )
         weakref.finalize(self, native.token_model_free, self.handle)
         names = ("weight", "weight_scale", "in_scale", "in_shift", "group_shift", "bias")
@@ -214,7 +215,7 @@ def token_model(
         cache: that they write.
         last: what an earlier call returned; it is returned again if all tensors and formats are still the same.
     """
-    if not ONE_LAUNCH or cache.batch != 1 or cache.bits is not None or not takes(layers, norm, cache):
+    if not ONE_LAUNCH or cache.batch != 1 or not takes(layers, norm, cache):
         return None
     if not hasattr(torch.ops.bitinfer_native, "token_model_step"):  # a library built before it
         return None
@@ -230,9 +231,12 @@ def token_model(
                 return None
         if _shape(layer) != _shape(first) or first.q.out_features != layer.k.out_features:
             return None
-    if not torch.ops.bitinfer_native.token_model_takes(norm.weight, *_shape(first)):
+    cache_bits = cache.bits or 16
+    if not torch.ops.bitinfer_native.token_model_takes(norm.weight, *_shape(first), cache_bits):
         return None
-    return last if last is not None and last.state == state_of(layers, norm, None) else TokenModel(layers, norm)
+    if last is not None and last.state == (cache_bits, state_of(layers, norm, None)):
+        return last
+    return TokenModel(layers, norm, cache_bits)
 
 
 def _shape(layer: Any) -> tuple[int, int, int, int]:

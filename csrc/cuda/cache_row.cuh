@@ -34,6 +34,15 @@ struct CacheOctet {
     const unsigned char* const scales = row + kCodeBytes + column / kScaleColumns * 2;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(scale_bits) : "l"(scales));
   }
+  __device__ __forceinline__ void load_shared(uint32_t row, int column) {
+    const uint32_t codes = row + column * kBits / 8;
+    if constexpr (kBits == 8) {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(codes));
+    } else {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(codes));
+    }
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale_bits) : "r"(row + kCodeBytes + column / kScaleColumns * 2));
+  }
   __device__ __forceinline__ float scale() const { return __half2float(__ushort_as_half(scale_bits)); }
 
   // The integers, as floats. A code in the low bits of 0x6400 is the half of 1,024 more.
@@ -57,6 +66,11 @@ struct CacheOctet<16, kDim> {
 
   __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void load(const unsigned char* row, int column) { raw = load_quad(row + 2 * column); }
+  __device__ __forceinline__ void load_shared(uint32_t row, int column) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "r"(row + 2 * column));
+  }
   __device__ __forceinline__ float scale() const { return 1; }
   template <typename T>
   __device__ __forceinline__ void unpack(float (&values)[kOctet]) const {

@@ -84,12 +84,13 @@ struct Arguments {
   c.of_down = Share(tiles_for(shape.hidden), block, blocks);
   const int splits = a.plan.splits, rank = block % splits;
   const int slot = static_cast<int>(min(load_long(a.p.slot), static_cast<int64_t>(a.p.capacity - 1)));
-  const int part = (slot + splits - 1) / splits, begin = min(rank * part, slot);
+  // parts begin at even slots, for the copies, and may be empty
+  const int part = ((slot + splits - 1) / splits + 1) / 2 * 2, begin = min(rank * part, slot);
   c.attention = {block / splits, rank, splits, slot, begin, min(begin + part, slot)};
   return c;
 }
 
-template <typename T, int kDim, int kInnerRounds, int kBytes>
+template <typename T, int kDim, int kInnerRounds, int kBytes, int kCacheBits>
 __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kernel(const __grid_constant__ Arguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) uint8_t shared[];
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
   const bool attends = head < p.shape.heads, stays = needs_h || has_out || has_down || attends;
   if (thread >= kThreads) {
     give_registers<kCopyRegisters>();
-    if (stays && warp == kWarps) Copies<T, kDim>{p, plan, common, barriers, base}.run();
+    if (stays && warp == kWarps) Copies<T, kDim, kCacheBits>{p, plan, common, barriers, base}.run();
     return;
   }
   take_registers<kRegisters>();
@@ -150,16 +151,17 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
     const TokenLayer& l = *reinterpret_cast<const TokenLayer*>(layer_words[layer % 2]);
     const uint32_t tag = (common.layers + layer + 1) << 16;
     const int64_t cache_row = (static_cast<int64_t>(layer) * p.shape.heads + head) * p.capacity;
-    T* const keys = static_cast<T*>(p.keys) + cache_row * kDim;
-    T* const values = static_cast<T*>(p.values) + cache_row * kDim;
+    constexpr int kRow = cache_row_bytes(kDim, kCacheBits);
+    unsigned char* const keys = static_cast<unsigned char*>(p.keys) + cache_row * kRow;
+    unsigned char* const values = static_cast<unsigned char*>(p.values) + cache_row * kRow;
 
     // ---- q, k, v
     load_layer(layer + 1);  // whose place the layer before has left
     const AttentionShare& attention = common.attention;
     const int there = slots_there(attention, plan);
     if (attends) {  // the slots that the next stage reads from memory
-      for (int i = (attention.begin + there) * kDim + thread_index() * 64; i < attention.end * kDim;
-           i += kThreads * 64) {
+      const int64_t end = static_cast<int64_t>(attention.end) * kRow;
+      for (int64_t i = int64_t{attention.begin + there} * kRow + thread_index() * 128; i < end; i += kThreads * 128) {
         fetch_to_l2(keys + i);
         fetch_to_l2(values + i);
       }
@@ -188,9 +190,9 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1) decode_token_kerne
     if (attends) {
       barriers.wait_for(kCacheCopy, layer);
       const uint32_t keys_there = base + plan.cache_at;
-      attend<T, kDim>(p, l, attention, common.q, common.k, common.v, common.attended, keys, values, keys_there,
-                      keys_there + plan.cache_slots * static_cast<uint32_t>(kDim * sizeof(T)), there,
-                      reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, tag);
+      attend<T, kDim, kCacheBits>(p, l, attention, common.q, common.k, common.v, common.attended, keys, values,
+                                  keys_there, keys_there + plan.cache_slots * kRow, there,
+                                  reinterpret_cast<float*>(shared + plan.scratch_at), a.memory.parts, tag);
     }
     barriers.leave(kAttentionStage);
 
@@ -290,6 +292,7 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
       (shape.bits != 8 && shape.bits != 4 && shape.bits != 2 && shape.bits != kFixedPointBits))
     return plan;
   if (!fits(shape.hidden) || !fits(shape.inner) || !fits(width) || blocks < 3 || shape.heads > blocks) return plan;
+  if (shape.cache_bits != 16 && shape.cache_bits != 8) return plan;
   if (shape.hidden > kMaxHidden || width > kMaxHidden || shape.inner > kMaxInnerRounds * kMaxHidden) return plan;
   const auto most = [](int tiles, int of) { return (tiles + of - 1) / of; };
   plan.qkv_tiles = most(tiles_for(width), blocks / 3);
@@ -321,7 +324,7 @@ TokenPlan decode_token_plan(const TokenShape& shape, const Device& device) {
   plan.down_at = take(of_weights(plan.down_tiles, shape.inner));
   plan.shared_bytes = device.shared_bytes - kFixedShared;
   if (at > plan.shared_bytes) return {};
-  plan.cache_slots = (plan.shared_bytes - plan.cache_at) / (4 * shape.dim);
+  plan.cache_slots = (plan.shared_bytes - plan.cache_at) / (2 * cache_row_bytes(shape.dim, shape.cache_bits)) / 2 * 2;
   plan.blocks = blocks;
   return plan;
 }
@@ -359,9 +362,13 @@ cudaError_t decode_token(const DecodeToken& p, const TokenPlan& plan, const Laun
     config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, arguments);
   };
+  const auto caches = [&]<typename T, int kDim, int kInnerRounds, int kBytes>() {
+    return shape.cache_bits == 16 ? launch(decode_token_kernel<T, kDim, kInnerRounds, kBytes, 16>)
+                                  : launch(decode_token_kernel<T, kDim, kInnerRounds, kBytes, 8>);
+  };
   const auto run = [&]<typename T, int kDim, int kInnerRounds>() {
-    return shape.bits == kFixedPointBits ? launch(decode_token_kernel<T, kDim, kInnerRounds, 3>)
-                                         : launch(decode_token_kernel<T, kDim, kInnerRounds, 1>);
+    return shape.bits == kFixedPointBits ? caches.template operator()<T, kDim, kInnerRounds, 3>()
+                                         : caches.template operator()<T, kDim, kInnerRounds, 1>();
   };
   const auto rounds = [&]<typename T, int kDim>() {
     switch (plan.inner_rounds) {

@@ -45,6 +45,7 @@ struct TokenShape {
   int hidden = 0, inner = 0, heads = 0, dim = 0;
   int64_t bits = 8;  // of activations: 8, 4 or 2, or kFixedPointBits for floating point
   Dtype dtype = Dtype::kFloat16;
+  int cache_bits = 16;  // of keys and values: 16, of that type, or 8
 };
 
 TokenPlan decode_token_plan(const TokenShape& shape, const Device& device);
@@ -55,7 +56,7 @@ struct DecodeToken {
   int layer_count = 0, capacity = 0;
   const void *x = nullptr, *norm = nullptr;   // [hidden]; the norm behind the layers
   void* y = nullptr;                          // [hidden], RMSNorm of the last layer's output
-  void *keys = nullptr, *values = nullptr;    // [layers, heads, capacity, dim]
+  void *keys = nullptr, *values = nullptr;    // [layers, heads, capacity, row of cache_row.cuh]
   const void *cos = nullptr, *sin = nullptr;  // [capacity, dim]
   const int64_t* slot = nullptr;
   float eps = 0, scaling = 1;

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "../handles.h"
+#include "cache_row.h"
 #include "decode_token.h"
 #include "on_device.h"
 
@@ -32,7 +33,7 @@ struct Held {
 Handles<Held> models("model");
 
 cuda::TokenShape shape_of(const Call& call, const Tensor& norm, int64_t heads, int64_t head_dim, int64_t inner,
-                          int64_t bits) {
+                          int64_t bits, int64_t cache_bits) {
   STD_TORCH_CHECK(norm.dim() == 1 && norm.is_contiguous(), call.op, ": norm must be contiguous, of one dimension");
   for (const int64_t size : {heads, head_dim, inner, norm.size(0)}) {
     STD_TORCH_CHECK(size > 0 && size < int64_t{1} << 20, call.op, ": sizes must be from 1 to 2^20, got ", size);
@@ -43,20 +44,21 @@ cuda::TokenShape shape_of(const Call& call, const Tensor& norm, int64_t heads, i
           static_cast<int>(heads),
           static_cast<int>(head_dim),
           bits == 0 ? cuda::kFixedPointBits : bits,
-          float_dtype(call, "norm", norm.scalar_type())};
+          float_dtype(call, "norm", norm.scalar_type()),
+          static_cast<int>(cache_bits)};
 }
 
-bool token_model_takes(Tensor norm, int64_t heads, int64_t head_dim, int64_t inner, int64_t bits) {
+bool token_model_takes(Tensor norm, int64_t heads, int64_t head_dim, int64_t inner, int64_t bits, int64_t cache_bits) {
   const OnDevice on("token_model_takes", norm);
-  const auto shape = shape_of(on.call, norm, heads, head_dim, inner, bits);
+  const auto shape = shape_of(on.call, norm, heads, head_dim, inner, bits, cache_bits);
   return static_cast<bool>(cuda::decode_token_plan(shape, on.launch.device));
 }
 
 int64_t token_model_new(Tensor norm, double eps, int64_t heads, int64_t head_dim, double scaling, int64_t inner,
-                        int64_t bits) {
+                        int64_t bits, int64_t cache_bits) {
   const OnDevice on("token_model_new", norm);
   auto made = std::make_shared<Held>(norm);
-  made->shape = shape_of(on.call, norm, heads, head_dim, inner, bits);
+  made->shape = shape_of(on.call, norm, heads, head_dim, inner, bits, cache_bits);
   made->plan = cuda::decode_token_plan(made->shape, on.launch.device);
   STD_TORCH_CHECK(made->plan, on.call.op, ": no kernel here takes such a model; token_model_takes tells beforehand");
   made->eps = static_cast<float>(eps);
@@ -121,13 +123,14 @@ void token_model_layer(int64_t handle, Tensors weight, OptionalTensors weight_sc
   to->layers.push_back(layer);
 }
 
-// A contiguous tensor of the model's type and of a given shape.
-void* memory(const Call& call, const Held& model, const char* name, const Tensor& tensor, const Sizes& sizes) {
+// A contiguous tensor of a given type and shape.
+void* memory(const Call& call, const char* name, const Tensor& tensor, const Sizes& sizes, ScalarType type) {
   call.check_device(name, tensor);
   check_shape(call, name, tensor, sizes);
-  STD_TORCH_CHECK(float_dtype(call, name, tensor.scalar_type()) == model.shape.dtype && tensor.is_contiguous() &&
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() &&
                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
-                  call.op, ": ", name, " must be contiguous and have the dtype of the norm");
+                  call.op, ": ", name, " must be contiguous and have the dtype of the norm, or for a rounded cache",
+                  " torch.uint8");
   return tensor.mutable_data_ptr();
 }
 
@@ -160,14 +163,16 @@ Tensor token_model_step(int64_t handle, Tensor x, Tensor keys, Tensor values, Te
   p.layers = static_cast<const TokenLayer*>(model->on_device->const_data_ptr());
   p.layer_count = static_cast<int>(count);
   p.capacity = static_cast<int>(capacity);
-  p.x = memory(call, *model, "x", x, {1, shape.hidden});
-  p.norm = memory(call, *model, "norm", model->norm, {shape.hidden});
-  p.y = memory(call, *model, "y", y, {1, shape.hidden});
-  const Sizes cache{count, 1, shape.heads, capacity, shape.dim};
-  p.keys = memory(call, *model, "keys", keys, cache);
-  p.values = memory(call, *model, "values", values, cache);
-  p.cos = memory(call, *model, "cos", cos, {capacity, shape.dim});
-  p.sin = memory(call, *model, "sin", sin, {capacity, shape.dim});
+  const ScalarType type = model->norm.scalar_type(), cached = shape.cache_bits == 16 ? type : ScalarType::Byte;
+  p.x = memory(call, "x", x, {1, shape.hidden}, type);
+  p.norm = memory(call, "norm", model->norm, {shape.hidden}, type);
+  p.y = memory(call, "y", y, {1, shape.hidden}, type);
+  const int row = shape.cache_bits == 16 ? shape.dim : cuda::cache_row_bytes(shape.dim, shape.cache_bits);
+  STD_TORCH_CHECK(shape.cache_bits == 16 || capacity % 2 == 0, call.op, ": a rounded cache must have an even capacity");
+  p.keys = memory(call, "keys", keys, {count, 1, shape.heads, capacity, row}, cached);
+  p.values = memory(call, "values", values, {count, 1, shape.heads, capacity, row}, cached);
+  p.cos = memory(call, "cos", cos, {capacity, shape.dim}, type);
+  p.sin = memory(call, "sin", sin, {capacity, shape.dim}, type);
   p.slot = static_cast<const int64_t*>(slot.const_data_ptr());
   p.eps = model->eps;
   p.scaling = model->scaling;
@@ -180,11 +185,13 @@ Tensor token_model_step(int64_t handle, Tensor x, Tensor keys, Tensor values, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitinfer_native, m) {
   // Models whose layers all run in one launch for one token; see decode_token.cu for which. `inner` is the size between
-  // gate, up and down, `bits` those of activations, 0 for floating point; lists are of q, k, v, o, gate, up and down. A
-  // step writes keys and values of its slot, reads those before it, and returns what the norm behind the last layer
-  // gives. Steps of one model must not overlap.
-  m.def("token_model_takes(Tensor norm, int heads, int head_dim, int inner, int bits) -> bool");
-  m.def("token_model_new(Tensor norm, float eps, int heads, int head_dim, float scaling, int inner, int bits) -> int");
+  // gate, up and down, `bits` those of activations, 0 for floating point, `cache_bits` those of keys and values; lists
+  // are of q, k, v, o, gate, up and down. A step writes keys and values of its slot, reads those before it, and returns
+  // what the norm behind the last layer gives. Steps of one model must not overlap.
+  m.def("token_model_takes(Tensor norm, int heads, int head_dim, int inner, int bits, int cache_bits) -> bool");
+  m.def(
+      "token_model_new(Tensor norm, float eps, int heads, int head_dim, float scaling, int inner, int bits, int "
+      "cache_bits) -> int");
   m.def("token_model_free(int handle) -> ()");
   m.def(
       "token_model_layer(int handle, Tensor[] weight, Tensor?[] weight_scale, Tensor?[] in_scale, Tensor?[] in_shift,"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_row.cuh"
+#include "cache_row.cuh"
 #include "token_copies.cuh"
 
 namespace bitinfer::cuda {
@@ -73,13 +74,14 @@ __device__ __forceinline__ void combine(const float (&sums)[kCount], const float
 
 // Receives q, k and v and sends what it attends to, all of them [heads, kDim]. Keys and values of the first slots are
 // in shared memory, `there` of them; `query` is shared memory for it, the new key and the parts of all warps.
-template <typename T, int kDim>
+template <typename T, int kDim, int kBits>
 __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l, const AttentionShare& share,
                                        const uint32_t* q, const uint32_t* k, const uint32_t* v, uint32_t* attended,
-                                       T* keys, T* values, uint32_t keys_there, uint32_t values_there, int there,
-                                       float* query, uint64_t* parts_of_heads, uint32_t tag) {
+                                       unsigned char* keys, unsigned char* values, uint32_t keys_there,
+                                       uint32_t values_there, int there, float* query, uint64_t* parts_of_heads,
+                                       uint32_t tag) {
   constexpr int kLanes = kDim / kOctet, kSlotsOfLoad = 32 / kLanes, kStep = kWarps * kSlotsOfLoad;
-  constexpr int kColumns = kDim / 32, kPart = part_size(kDim);
+  constexpr int kColumns = kDim / 32, kPart = part_size(kDim), kRow = cache_row_bytes(kDim, kBits);
   constexpr int kUnroll = kDim / 32;  // slots that a lane has under way
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int head = share.head, rank = share.rank, splits = share.splits, begin = share.begin, end = share.end;
@@ -102,7 +104,14 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
   if (has_new) {
     const int columns[1] = {column};
     receive(v + head * kDim, columns, kDim, tag, new_value);
-    *reinterpret_cast<uint4*>(values + static_cast<int64_t>(share.slot) * kDim + column) = new_value[0];
+    unsigned char* const stored = values + static_cast<int64_t>(share.slot) * kRow;
+    if constexpr (kBits == 16) {
+      *reinterpret_cast<uint4*>(stored + 2 * column) = new_value[0];
+    } else {
+      float value[kOctet];
+      unpack<T>(new_value[0], value);
+      store_cache_octet<kBits, kDim>(stored, column, value, (1u << kLanes) - 1);
+    }
   }
   if (warp < 2) {
     Row<T, kDim> row;
@@ -113,7 +122,15 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     for (int i = 0; i < kColumns; ++i) {
       const int at = lane + 32 * i;
       (warp == 0 ? query : new_key)[at] = warp == 0 ? row.x[i] * (p.scaling * kLog2E) : row.x[i];
-      if (warp == 1 && rank == 0) keys[static_cast<int64_t>(share.slot) * kDim + at] = from_float<T>(row.x[i]);
+    }
+    if (warp == 1 && rank == 0) {
+      unsigned char* const stored = keys + static_cast<int64_t>(share.slot) * kRow;
+      if constexpr (kBits == 16) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) reinterpret_cast<T*>(stored)[lane + 32 * i] = from_float<T>(row.x[i]);
+      } else {
+        store_cache_row<kBits, kDim>(stored, row.x, lane);
+      }
     }
   }
   sync_threads();
@@ -128,15 +145,17 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     largest += __shfl_xor_sync(kAllLanes, largest, distance);
   }
-  const auto take = [&](const uint4(&k_raw)[kUnroll], const uint4(&v_raw)[kUnroll], int left) {
+  using Octet = CacheOctet<kBits, kDim>;
+  const auto take = [&](const Octet(&k_raw)[kUnroll], const Octet(&v_raw)[kUnroll], int left) {
     float score[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float key[kOctet];
-      unpack<T>(k_raw[u], key);
+      k_raw[u].template unpack<T>(key);
       score[u] = 0;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) score[u] += at_query[j] * key[j];
+      if (kBits < 16) score[u] *= k_raw[u].scale();
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
@@ -156,31 +175,32 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
     for (int j = 0; j < kOctet; ++j) sum[j] *= shrink;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const float weight_of_slot = exp2_fast(score[u] - highest);
+      float weight_of_slot = exp2_fast(score[u] - highest);
       total += weight_of_slot;
+      if (kBits < 16) weight_of_slot *= v_raw[u].scale();
       float value[kOctet];
-      unpack<T>(v_raw[u], value);
+      v_raw[u].template unpack<T>(value);
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) sum[j] += weight_of_slot * value[j];
     }
   };
   // loads past the last slot repeat it
-  uint4 k_raw[kUnroll], v_raw[kUnroll];
+  Octet k_raw[kUnroll], v_raw[kUnroll];
   for (int at = 0; at < there; at += kUnroll * kStep) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t offset = (min(at + u * kStep + lane_slot, there - 1) * kDim + column) * sizeof(T);
-      k_raw[u] = load_shared(keys_there + offset);
-      v_raw[u] = load_shared(values_there + offset);
+      const uint32_t row = min(at + u * kStep + lane_slot, there - 1) * kRow;
+      k_raw[u].load_shared(keys_there + row, column);
+      v_raw[u].load_shared(values_there + row, column);
     }
     take(k_raw, v_raw, there - at - lane_slot);
   }
   for (int at = begin + there; at < end; at += kUnroll * kStep) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t offset = static_cast<int64_t>(min(at + u * kStep + lane_slot, end - 1)) * kDim + column;
-      k_raw[u] = load_quad(keys + offset);
-      v_raw[u] = load_quad(values + offset);
+      const int64_t row = static_cast<int64_t>(min(at + u * kStep + lane_slot, end - 1)) * kRow;
+      k_raw[u].load(keys + row, column);
+      v_raw[u].load(values + row, column);
     }
     take(k_raw, v_raw, end - at - lane_slot);
   }

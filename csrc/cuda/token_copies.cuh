@@ -49,7 +49,7 @@ __device__ __forceinline__ int slots_there(const AttentionShare& share, const To
   return min(share.end - share.begin, plan.cache_slots);
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kBits>
 struct Copies {
   const DecodeToken& p;
   const TokenPlan& plan;
@@ -128,12 +128,14 @@ struct Copies {
   __device__ void cache(int layer) const {
     const AttentionShare& share = common.attention;
     if (layer >= p.layer_count || share.head >= p.shape.heads) return;
-    const uint32_t bytes = slots_there(share, plan) * (kDim * sizeof(T));
-    const int64_t at = ((static_cast<int64_t>(layer) * p.shape.heads + share.head) * p.capacity + share.begin) * kDim;
+    constexpr int kRow = cache_row_bytes(kDim, kBits);
+    // copies begin and end at multiples of 16 bytes, and so every other rounded row does: of an odd number one more
+    const int slots = (slots_there(share, plan) + 1) / 2 * 2;
+    const uint32_t bytes = static_cast<uint32_t>(slots) * kRow;
+    const int64_t at = ((static_cast<int64_t>(layer) * p.shape.heads + share.head) * p.capacity + share.begin) * kRow;
     announce(kCacheCopy, 2 * bytes);
-    copy(plan.cache_at, static_cast<const T*>(p.keys) + at, bytes, kCacheCopy);
-    copy(plan.cache_at + plan.cache_slots * static_cast<int>(kDim * sizeof(T)), static_cast<const T*>(p.values) + at,
-         bytes, kCacheCopy);
+    copy(plan.cache_at, static_cast<const unsigned char*>(p.keys) + at, bytes, kCacheCopy);
+    copy(plan.cache_at + plan.cache_slots * kRow, static_cast<const unsigned char*>(p.values) + at, bytes, kCacheCopy);
   }
 
   // Brings to L2 what a layer's stages will load: some lines of one vector of columns, and the factors of the block's

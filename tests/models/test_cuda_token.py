@@ -9,6 +9,7 @@ from cuda_problems import fresh_seed, poisoned, require_cuda
 
 from bitinfer.models import Decoder, cuda_layer, fuse
 from bitinfer.models import generation as loop
+from bitinfer.models.cache import round_cache
 
 require_cuda()
 
@@ -88,6 +89,37 @@ def test_all_layers_in_one_launch_are_the_layers(
                 assert tensor[:, :, :, slot + 1 :].isnan().all()
     # a number that rounds to the other side changes what comes behind it, the more the coarser its steps
     assert sum(within) >= len(within) * {None: 1.0, 8: 0.7, 4: 0.3}[act_bits]
+
+
+@pytest.mark.parametrize("act_bits", [8, None])
+@pytest.mark.parametrize("size", ["small", "one head", "130m", "7b"])
+def test_a_rounded_cache(size: str, act_bits: int | None) -> None:
+    """Keys and values in 8 bits: the same bytes as the kernels of each layer write, and outputs as near as with 16."""
+    decoder = Decoder(whole_model("fbi", act_bits, torch.float16, size, num_hidden_layers=1), cache_bits=8)
+    same = []
+    for slot, capacity in ((0, 16), (1, 256), (37, 256), (511, 768), (700, 1000)):
+        cache = decoder.reserve(1, capacity)
+        model = decoder.token_model
+        assert model is not None
+        for tensor in (cache.keys, cache.values):
+            rows = torch.randn(*tensor.shape[:-1], cache.head_dim, device="cuda")
+            tensor.copy_(round_cache(rows, 8))
+            tensor[:, :, :, slot:] = 255  # scales of NaN
+        x = torch.randn(1, decoder.embed.embedding_dim, device="cuda").half()
+        step = cuda_layer.Step(torch.tensor([slot], device="cuda"), None, decoder.cos, decoder.sin)
+        torch.cuda.synchronize()
+        expected = cuda_layer.run(decoder.layers, decoder.norm, x, cache, step).float()
+        written = [tensor[:, :, :, slot].clone() for tensor in (cache.keys, cache.values)]
+        for tensor in (cache.keys, cache.values):
+            tensor[:, :, :, slot] = 255
+        for _ in range(2):
+            y = poisoned(lambda m=model, c=cache, s=step, x=x: m.step(x, c, s)).float()
+            assert (y - expected).norm() <= 0.1 * expected.norm()
+            for tensor, old in zip((cache.keys, cache.values), written, strict=True):
+                same.append((tensor[:, :, :, slot] == old).float().mean().item())
+                assert (tensor[:, :, :, slot + 1 :] == 255).all()
+    # a number that rounds to the other side changes the codes behind it
+    assert sum(same) >= 0.9 * len(same)
 
 
 @pytest.mark.parametrize("act_bits", [8, 2, None])
