@@ -16,7 +16,7 @@
 // the first instruction of the next, cold instructions, and blocks that share a multiprocessor while others have none.
 // Here a block owns rows of every matrix and a place in shared memory for each, which a warp fills again for the next
 // layer as soon as a stage has left it (token_copies.cuh), and all else that a stage will read is fetched to L2 before:
-// memory never waits for the chain. What is left is the chain: five trips through L2 a layer (token_product.cuh), and
+// memory never waits for the chain. What is left is the chain: five trips through L2 a layer (token_exchange.cuh), and
 // the instructions in between. Registers must not spill: beside so much shared memory there is hardly an L1.
 //
 //   block      rows of all matrices, a part of a head; every block packs the token anew, in 16 warps
@@ -29,6 +29,7 @@
 #include "decode_token.h"
 #include "hopper.cuh"
 #include "token_attention.cuh"
+#include "token_copies.cuh"
 #include "token_product.cuh"
 
 namespace bitinfer::cuda {

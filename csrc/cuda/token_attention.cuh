@@ -5,7 +5,7 @@
 
 #include "attention_row.cuh"
 #include "cache_row.cuh"
-#include "token_copies.cuh"
+#include "token_exchange.cuh"
 
 namespace bitinfer::cuda {
 

@@ -12,7 +12,7 @@
 // cycles; smaller ones would make less.
 #pragma once
 
-#include "token_product.cuh"
+#include "token_exchange.cuh"
 
 namespace bitinfer::cuda {
 
