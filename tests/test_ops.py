@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bitinfer import BackendError, checks, ops, use_backend
+from bitinfer import BackendError, checks, ops, registration, use_backend
 from bitinfer.backends.base import Problem
 from bitinfer.backends.reference import unpack_activations
 from bitinfer.checks import ACT_BITS
@@ -316,7 +316,7 @@ def changed(value, kind):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS_HERE, reason="the compiled CPU library is not here")
-@pytest.mark.parametrize("name", [name for name in op_calls() if name.split(",")[0] in ops.COMPILED])
+@pytest.mark.parametrize("name", [name for name in op_calls() if name.split(",")[0] in registration.COMPILED])
 def test_the_compiled_ops_refuse_what_the_checks_refuse(name):
     """Arguments on the CPU go to them unchecked; what they refuse is checked for an error with words."""
     op, arguments = name.split(",")[0], op_calls()[name]
