@@ -4,6 +4,7 @@ The weights are one safetensors or ``torch.save`` file, or shards of either kind
 them. Files are mapped into memory, so that a tensor costs nothing until it is read.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -223,3 +224,12 @@ def _not_a_folder(path: Path) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         hint = f"; to download it from the Hub: hf download {path} --local-dir {path.name}"
     return f"{path}: no such folder{hint}"
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

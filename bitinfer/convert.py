@@ -4,7 +4,6 @@ The source is read tensor by tensor and the result written as it comes: no more 
 time, and no more than a layer is held. The new folder appears under its name when it is complete, or not at all.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitinfer.checkpoint import Checkpoint
+from bitinfer.checkpoint import Checkpoint, sha256_of
 from bitinfer.checks import ACT_BITS, BLOCK_SIZE
 from bitinfer.errors import FormatError
 from bitinfer.formats import FORMATS, ZERO_LIMIT, Format, detect
@@ -313,7 +312,7 @@ def _write_weights(
         for name in source:  # in the order of the shards
             shard = source.shard_of(name)
             if shard.name not in hashes:  # a pass in order, after which the tensors come from the page cache
-                hashes[shard.name] = _sha256(shard)
+                hashes[shard.name] = sha256_of(shard)
             layer = plan.owner.get(name)
             if layer is None:
                 kept = source.tensor(name)
@@ -457,14 +456,6 @@ def _config(
         **({"int8_rows": plan.int8_rows} if plan.int8_rows else {}),
     }
     return config
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # arguments

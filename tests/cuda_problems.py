@@ -130,3 +130,7 @@ def assert_product(actual: Tensor, expected: Tensor, weight: BinaryWeight) -> No
     else:
         tolerance = max(1e-5, torch.finfo(actual.dtype).eps)
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-5)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)

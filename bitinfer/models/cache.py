@@ -72,7 +72,13 @@ def round_cache(x: Tensor, bits: int) -> Tensor:
 
     Returns:
         uint8 ``[..., cache_row_bytes(head_dim, bits)]``: codes, float16 scales, zeros.
+
+    Raises:
+        ValueError: ``head_dim`` is no multiple of 32 up to 128.
     """
+    head_dim = x.shape[-1]
+    if head_dim % SCALE_COLUMNS or head_dim > SCALE_COLUMNS * SCALE_BYTES // 2:
+        raise ValueError(f"a rounded cache needs a head_dim that is a multiple of 32 up to 128, got {head_dim}")
     largest = (1 << (bits - 1)) - 1
     groups = x.float().unflatten(-1, (-1, SCALE_COLUMNS))
     scale = (groups.abs().amax(-1, keepdim=True) / largest).clamp_max(torch.finfo(torch.float16).max).half()

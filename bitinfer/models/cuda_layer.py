@@ -111,17 +111,23 @@ class CudaLayer:
         queries, new_keys, new_values = (
             y.unflatten(1, (-1, layer.head_dim)).unflatten(0, (batch, -1)).transpose(1, 2) for y in (q, k, v)
         )
-        seen = [keys[:, :, : span.read], values[:, :, : span.read]]
-        if keys.dtype == torch.uint8:  # of what came before; a prompt sees its own as they are
-            before = [read_cache(rows[:, :, : span.start], layer.head_dim, x.dtype) for rows in (keys, values)]
-            seen = [torch.cat(both, 2) for both in zip(before, (new_keys, new_values), strict=True)]
-        attended = attend(queries, seen[0], seen[1], span, layer.scaling)
+        seen_keys, seen_values = _seen(keys, new_keys, span), _seen(values, new_values, span)
+        attended = attend(queries, seen_keys, seen_values, span, layer.scaling)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
-        del q, k, v, queries, new_keys, new_values, seen  # long prompts need the memory
+        del q, k, v, queries, new_keys, new_values, seen_keys, seen_values  # long prompts need the memory
         out = _project(attended, layer.o)
         del attended
         gated, hidden = _normed(out, hidden, layer.post_norm, (layer.gate, layer.up))
         return _project_gated(gated, layer.down), hidden
+
+
+def _seen(cached: Tensor, new: Tensor, span: Span) -> Tensor:
+    """Return what a prompt sees of keys or values, whose last are ``new``: of a rounded cache, its own as they are."""
+    if cached.dtype != torch.uint8:
+        return cached[:, :, : span.read]
+    if span.start == 0:
+        return new
+    return torch.cat((read_cache(cached[:, :, : span.start], new.shape[-1], new.dtype), new), 2)
 
 
 def takes(layers: Sequence[DecoderLayer], norm: Any, cache: KVCache) -> bool:

@@ -15,11 +15,10 @@ using bitinfer::cuda::OnDevice;
 struct CacheCall {
   const Call& call;
   ScalarType dtype;
-  Tensor keys, values;
   cuda::CachedHeads heads;
 
   CacheCall(const Call& call, const Tensor& q, const Tensor& keys, const Tensor& values, int64_t dim)
-      : call(call), dtype(q.scalar_type()), keys(keys), values(values) {
+      : call(call), dtype(q.scalar_type()) {
     STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) > 0 && keys.size(1) > 0 && keys.size(2) < int64_t{1} << 31, call.op,
                     ": keys must be [B, kv_heads, capacity, head_dim], got ", to_string(sizes_of(keys)));
     check_shape(call, "values", values, sizes_of(keys));

@@ -16,7 +16,7 @@ constexpr int kScaleColumns = 32, kScaleLanes = kScaleColumns / kOctet;
 // What a lane has of a row: eight columns.
 template <int kBits, int kDim>
 struct CacheOctet {
-  static constexpr int kLargest = (1 << (kBits - 1)) - 1, kCodeBytes = kDim * kBits / 8;
+  static constexpr int kCodeBytes = kDim * kBits / 8;
   uint32_t words[kBits / 4];
   unsigned short scale_bits;
 
@@ -81,16 +81,15 @@ struct CacheOctet<16, kDim> {
 // The scale of columns whose largest magnitude is given, and what numbers are multiplied by.
 template <int kBits>
 struct CacheScale {
+  static constexpr float kLargest = (1 << (kBits - 1)) - 1;
   __half scale;
   float factor;
 
   __device__ __forceinline__ explicit CacheScale(float largest) {
-    constexpr float kLargest = (1 << (kBits - 1)) - 1;
     scale = __float2half_rn(fminf(largest / kLargest, 65504.0f));
     factor = __half2float(scale) == 0 ? 0 : 1.0f / __half2float(scale);
   }
   __device__ __forceinline__ uint32_t code(float x) const {
-    constexpr float kLargest = (1 << (kBits - 1)) - 1;
     return static_cast<uint32_t>(__float2int_rn(fminf(fmaxf(x * factor, -kLargest), kLargest)) + (1 << (kBits - 1)));
   }
 };

@@ -33,8 +33,9 @@ struct TokenPlan {
   int qkv_tiles = 0, out_tiles = 0, gate_tiles = 0, down_tiles = 0;  // the most of a block
   int splits = 0;                                                    // blocks that share the slots of a head
   int inner_rounds = 0;
-  int out_at = 0, gate_at = 0, scratch_at = 0, up_at = 0, down_at = 0;   // bytes; q, k and v at 0
-  int planes_at = 0, up_planes_at = 0, down_planes_at = 0, sums_at = 0;  // some in places of weights that are not there
+  int out_at = 0, gate_at = 0, scratch_at = 0, up_at = 0, down_at = 0;  // bytes; q, k and v at 0
+  // of activations, and their sums; some in places of weights that have been used
+  int planes_at = 0, up_planes_at = 0, down_planes_at = 0, sums_at = 0;
   int cache_at = 0, cache_slots = 0;  // keys and values, which have the place of up and down before these come
   int shared_bytes = 0;
 

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads) rotate_cache_kernel(const __grid_con
   int head = min(unit / kLanes, all - 1);
   const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
   head -= is_q ? 0 : is_v ? p.heads + p.kv_heads : p.heads;
+  const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);  // of the head
   const int sequence = row / p.tokens, token = row % p.tokens;
   const int64_t angle = (static_cast<int64_t>(p.shared_angles ? 0 : sequence) * p.tokens + token) * kDim + column;
   allow_next_kernel();
@@ -62,8 +63,6 @@ __global__ void __launch_bounds__(kThreads) rotate_cache_kernel(const __grid_con
       float squares = 0, weight[kOctet];
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) squares += x[0][j] * x[0][j] + x[1][j] * x[1][j];
-      // the lanes of a head are all here or none
-      const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
 #pragma unroll
       for (int distance = kLanes / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(lanes, squares, distance);
       const float factor = rsqrtf(squares / kDim + (is_q ? p.q_eps : p.k_eps));
@@ -112,7 +111,6 @@ __global__ void __launch_bounds__(kThreads) rotate_cache_kernel(const __grid_con
     store<T>(cached, column, low);
     store<T>(cached, column + kHalf, high);
   } else {
-    const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
     float x[kOctet];
     unpack<T>(low, x);
     store_cache_octet<kBits, kDim>(cached, column, x, lanes);

@@ -72,8 +72,9 @@ __device__ __forceinline__ void combine(const float (&sums)[kCount], const float
   sum = (of_sum[0] + of_sum[1]) + (of_sum[2] + of_sum[3]);
 }
 
-// Receives q, k and v and sends what it attends to, all of them [heads, kDim]. Keys and values of the first slots are
-// in shared memory, `there` of them; `query` is shared memory for it, the new key and the parts of all warps.
+// Receives q, k and v and sends what it attends to, all of them [heads, kDim]; for blocks that have a head. Keys and
+// values of the first slots are in shared memory, `there` of them; `query` is shared memory for it, the new key and the
+// parts of all warps.
 template <typename T, int kDim, int kBits>
 __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l, const AttentionShare& share,
                                        const uint32_t* q, const uint32_t* k, const uint32_t* v, uint32_t* attended,
@@ -85,7 +86,6 @@ __device__ __forceinline__ void attend(const DecodeToken& p, const TokenLayer& l
   constexpr int kUnroll = kDim / 32;  // slots that a lane has under way
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int head = share.head, rank = share.rank, splits = share.splits, begin = share.begin, end = share.end;
-  if (head >= p.shape.heads) return;
   const int column = lane % kLanes * kOctet, lane_slot = warp * kSlotsOfLoad + lane / kLanes;
   float *const new_key = query + kDim, *const parts = new_key + kDim;
   float cos[kColumns], sin[kColumns], weight[kColumns];

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_models import KINDS, model_of, prompts
-from cuda_problems import CUDA, fresh_seed, make, poisoned, require_cuda
+from cuda_problems import CUDA, fresh_seed, make, normal, poisoned, require_cuda
 from torch import Tensor
 
 from bitinfer.backends.reference import unpack_activations
@@ -31,10 +31,6 @@ EPS = 1e-6
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

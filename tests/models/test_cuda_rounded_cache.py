@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_models import model_of, prompts
-from cuda_problems import fresh_seed, poisoned, require_cuda
+from cuda_problems import fresh_seed, normal, poisoned, require_cuda
 from torch import Tensor
 
 from bitinfer.models import Decoder, fuse
@@ -24,10 +24,6 @@ BITS = (8, 4)
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
 
 
 def tables(capacity: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

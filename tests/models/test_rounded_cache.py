@@ -46,6 +46,12 @@ def test_numbers_that_are_steps_are_exact() -> None:
     assert torch.equal(read_cache(round_cache(x, 4), 128, torch.float32), x)
 
 
+@pytest.mark.parametrize("head_dim", [16, 48, 160])
+def test_heads_that_do_not_fit_say_so(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple of 32 up to 128, got {head_dim}"):
+        round_cache(torch.zeros(2, head_dim), 8)
+
+
 def test_who_cannot_have_one() -> None:
     model = pack(llama(), WeightLayout(tensors=("in_scale",)))
     with pytest.raises(ValueError, match="cache_bits must be None, 8 or 4, got 3"):
